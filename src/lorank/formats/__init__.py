@@ -1,0 +1,80 @@
+"""Adapter files: one file a format. Each has `detect(path)`, `read(path, names)` and `write(content, path, model)`."""
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from ..adapted import require_not_folded, unwrapped
+from ..errors import AdapterError, enumerate_names
+from ..planning import Plan
+from ..surgery import only_adapter, require_name
+from ..targets import Names
+from . import peft
+from .content import fit, gather
+
+FORMATS = {"peft": peft}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, format: str = "peft") -> None:
+    """Write an adapter into the directory `path`, in PEFT's layout.
+
+    What is there already of this adapter is replaced in one step, other files stay; a failure leaves the old
+    ones whole. The bytes depend on the adapter and its base alone. Without a name it is the only adapter, or
+    the only active one.
+
+    Raises AdapterError for values that are not finite, and when the files cannot be written.
+    """
+    model = unwrapped(model)
+    require_not_folded(model, "cannot save")
+    if format not in FORMATS:
+        raise AdapterError(f"cannot save: unknown format '{format}'; known are {', '.join(FORMATS)}")
+    chosen = require_name(model, name, "save") if name is not None else only_adapter(model, "save")
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise AdapterError(f"cannot save: {target} is a file; an adapter is a directory")
+    FORMATS[format].write(gather(model, chosen), target, model)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    activate: bool = True,
+    allow_other_base: bool = False,
+) -> Plan:
+    """Put an adapter from a file on the model, freeze the base, and return what was loaded.
+
+    path: a directory in PEFT's layout, or the safetensors file in it.
+    name: what the adapter is called here; file formats do not store names.
+    activate: make it the only active adapter; False leaves the active ones as they are.
+    allow_other_base: load although the adapted weights differ from those the adapter was saved on. The same
+        base in another dtype needs no permission; it warns.
+
+    Every tensor of the file must find its place and every place its tensor. Raises AdapterError, which lists
+    every problem, before anything is changed: missing or unexpected keys, wrong shapes, NaN or Inf, another
+    base, a damaged file, settings that lorank does not know how to honour.
+    """
+    model = unwrapped(model)
+    require_not_folded(model, "cannot load")
+    source = Path(path)
+    chosen = _detect(source)
+    try:
+        content = chosen.read(source, Names(model))
+        return fit(model, content, name, activate=activate, allow_other_base=allow_other_base)
+    except AdapterError as error:
+        raise AdapterError(f"cannot load {source}: {error}") from None
+
+
+def _detect(path: Path):
+    if not path.exists():
+        raise AdapterError(f"cannot load {path}: there is no such file or directory")
+    for module in FORMATS.values():
+        if module.detect(path):
+            return module
+    inside = sorted(str(found.parent) for found in path.glob(f"*/{peft.CONFIG}")) if path.is_dir() else []
+    hint = f"; there are adapters in {enumerate_names(inside)}" if inside else ""
+    raise AdapterError(
+        f"cannot load {path}: it is no adapter in a format that lorank reads ({', '.join(FORMATS)}){hint}"
+    )

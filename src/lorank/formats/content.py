@@ -1,0 +1,268 @@
+"""What an adapter file says, apart from how its format says it; taken from a model, and put on one."""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..adapted import entries, pristine_copy, why_not_attachable
+from ..companions import BiasOffset, join, why_no_bias_offset
+from ..errors import AdapterError, AdapterWarning, did_you_mean, enumerate_names, raise_problems
+from ..fingerprint import Comparison, Fingerprint, compare, fingerprint
+from ..hosts import FusedHost, Host, host_of, layout_of
+from ..planning import Bias, Place, Plan, name_problems, own_parameters, why_not_copyable
+from ..surgery import install
+from ..targets import Names
+from ..variants import Adapter, LoRA, LoRAAdapter
+
+
+@dataclass
+class LayerUpdate:
+    """The factors of one layer: {part: (A (rank, in), B (out, rank))}; the only part of a plain layer is "weight"."""
+
+    spec: LoRA
+    factors: dict[str, tuple[Tensor, Tensor]]
+    host: Host | None = None  # known when it was taken from a model
+    layer: nn.Module | None = None
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
+
+
+@dataclass
+class Content:
+    """One adapter."""
+
+    spec: LoRA
+    updates: dict[str, LayerUpdate] = field(default_factory=dict)  # by layer
+    biases: dict[str, Tensor] = field(default_factory=dict)  # by layer, (out,)
+    copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by module, its state dict
+    base: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that came along
+    bias: Bias = "none"
+
+
+def gather(model: nn.Module, name: str) -> Content:
+    """Return what there is to save of an adapter. Raises AdapterError for values that are not finite."""
+    found = entries(model, name)
+    content = Content(LoRA())
+    problems = []
+    for layer_name, (layer, entry) in found.items():
+        for key, tensor in entry.state_dict().items():
+            if tensor.device.type == "meta":
+                problems.append(f"{layer_name}: {key} is on the meta device and has no values")
+            elif not torch.isfinite(tensor).all():
+                problems.append(f"{layer_name}: {key} holds NaN or Inf")
+        if not isinstance(entry, Adapter):
+            content.copies[layer_name] = entry.state_dict()
+            continue
+        for leaf in entry.leaves():
+            if isinstance(leaf, BiasOffset):
+                content.biases[layer_name] = leaf.value.detach()
+            elif isinstance(leaf, LoRAAdapter):
+                update = content.updates.setdefault(
+                    layer_name, LayerUpdate(cast(LoRA, leaf.spec), {}, host=leaf.host, layer=layer)
+                )
+                update.factors[leaf.part] = (leaf.A.detach(), leaf.B.detach())
+                W = leaf.host.matrix(layer, leaf.part)
+                if W.device.type != "meta":
+                    update.fingerprints[leaf.part] = fingerprint(W)
+            else:
+                problems.append(f"{layer_name}: no file format yet for {type(leaf).__name__}")
+    raise_problems("cannot save", problems)
+    if content.updates:
+        specs = Counter(update.spec for update in content.updates.values())
+        content.spec = specs.most_common(1)[0][0]
+    if content.biases:
+        content.bias = "adapted" if content.biases.keys() <= content.updates.keys() else "all"
+    return content
+
+
+def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_other_base: bool) -> Plan:
+    """Put an adapter on a model. Everything is checked first; on an error nothing has changed."""
+    names = Names(model)
+    problems = name_problems(model, name)
+    places: list[Place] = []
+    parts: dict[str, dict[str, Adapter]] = {}
+    compared: dict[str, Comparison] = {}
+    for layer_name, update in content.updates.items():
+        try:
+            canonical, host = _locate(layer_name, update, names)
+        except AdapterError as error:
+            problems.append(str(error))
+            continue
+        layer = names.modules[canonical]
+        for part, (A, B) in update.factors.items():
+            place = Place(canonical, part, layer, host, update.spec, host.shape(layer, part))
+            wrong = _factor_problems(place, A, B)
+            problems += wrong
+            if not wrong:
+                places.append(place)
+                if part in update.fingerprints:
+                    compared[place.label] = compare(update.fingerprints[part], host.matrix(layer, part))
+                parts.setdefault(canonical, {})[part] = _filled(place, A, B)
+    biases: dict[str, nn.Module] = {}
+    for layer_name, value in content.biases.items():
+        module = names.modules.get(layer_name)
+        reason = _bias_problem(layer_name, module, value, names)
+        if reason or module is None:
+            problems.append(reason or "")
+            continue
+        offset = BiasOffset(module)
+        offset.value.data.copy_(value)
+        parts.setdefault(names.canonical[layer_name], {})["bias"] = offset
+        biases[names.canonical[layer_name]] = module
+    copies = _copies(content, names, problems)
+    built: dict[str, nn.Module] = {layer: join(adapters) for layer, adapters in parts.items()}
+    built.update(copies)
+    for layer_name in built:
+        reason = why_not_attachable(names.modules[layer_name])
+        if reason:
+            problems.append(f"{layer_name}: {reason}")
+    problems += _base_problems(content, names)
+    if not built and not problems:
+        problems.append("it holds no adapter")
+    problems += _other_base(compared, allow_other_base)
+    raise_problems("this adapter does not fit this model", list(dict.fromkeys(problems)))
+    install(model, name, built, activate=activate)
+    return Plan(
+        adapter=name,
+        spec=content.spec,
+        places=tuple(places),
+        copies={module_name: names.modules[module_name] for module_name in copies},
+        biases=biases,
+        bias=content.bias,
+        left_out={},
+        base_parameters=sum(p.numel() for p in own_parameters(model)),
+    )
+
+
+def _locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
+    """Return the layer's first name and its host, the parts' host when the update is by parts."""
+    if name not in names.modules:
+        raise AdapterError(f"the file adapts {name}, which this model has not; {did_you_mean(name, names.modules)}")
+    canonical = names.canonical[name]
+    reason = names.why_not(canonical)
+    if reason:
+        raise AdapterError(f"the file adapts {name}, which cannot be adapted: {reason}")
+    host = host_of(names.modules[canonical])
+    if update.factors.keys() == {"weight"}:
+        return canonical, host
+    owner, child = names.parent(canonical)
+    if owner is None:
+        raise AdapterError(f"the file adapts parts of {name}, which stands alone here")
+    layer = names.modules[canonical]
+    return canonical, FusedHost(host, layout_of(owner, child, layer, host.shape(layer, "weight")[0]))
+
+
+def _factor_problems(place: Place, A: Tensor, B: Tensor) -> list[str]:
+    problems = []
+    out, in_ = place.shape
+    rank = place.spec.rank
+    for factor, tensor, needed in (("A", A, (rank, in_)), ("B", B, (out, rank))):
+        if tuple(tensor.shape) != needed:
+            problems.append(f"{place.label}: {factor} is {tuple(tensor.shape)} in the file, the model needs {needed}")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{place.label}: {factor} holds NaN or Inf")
+    if place.host.weight(place.layer).device.type == "meta":
+        problems.append(f"{place.label}: the model is on the meta device; load its weights first")
+    return problems
+
+
+def _filled(place: Place, A: Tensor, B: Tensor) -> Adapter:
+    weight = place.host.weight(place.layer)
+    adapter = cast(LoRAAdapter, place.spec.build(place.host, place.layer, place.part, torch.device("meta")))
+    for factor, tensor in (("A", A), ("B", B)):
+        dtype = getattr(adapter, factor).dtype
+        setattr(adapter, factor, nn.Parameter(tensor.to(weight.device, dtype, copy=True)))
+    return adapter
+
+
+def _bias_problem(name: str, module: nn.Module | None, value: Tensor, names: Names) -> str | None:
+    if module is None:
+        return f"the file has a bias for {name}, which this model has not; {did_you_mean(name, names.modules)}"
+    reason = why_no_bias_offset(module)
+    if reason:
+        return f"the file has a bias for {name}: {reason}"
+    bias = module.get_parameter("bias")
+    if value.shape != bias.shape:
+        return f"{name}.bias is {tuple(value.shape)} in the file, the model needs {tuple(bias.shape)}"
+    return None if torch.isfinite(value).all() else f"{name}.bias holds NaN or Inf"
+
+
+def _copies(content: Content, names: Names, problems: list[str]) -> dict[str, nn.Module]:
+    copies: dict[str, nn.Module] = {}
+    adapted = {names.canonical.get(layer, layer) for layer in content.updates}
+    for name, tensors in content.copies.items():
+        canonical = names.canonical.get(name)
+        if canonical is None:
+            problems.append(
+                f"the file has a copy of {name}, which this model has not; {did_you_mean(name, names.modules)}"
+            )
+            continue
+        reason = why_not_copyable(canonical, names, adapted)
+        if reason:
+            problems.append(reason)
+            continue
+        copy = pristine_copy(names.modules[canonical])
+        wanted = copy.state_dict()
+        before = len(problems)
+        problems += [f"{name}: the file lacks {key}" for key in wanted.keys() - tensors.keys()]
+        problems += [f"{name}: the file has {key}, which the module has not" for key in tensors.keys() - wanted.keys()]
+        for key in wanted.keys() & tensors.keys():
+            if wanted[key].shape != tensors[key].shape:
+                found, needed = tuple(tensors[key].shape), tuple(wanted[key].shape)
+                problems.append(f"{name}.{key} is {found} in the file, the model needs {needed}")
+            elif not torch.isfinite(tensors[key]).all():
+                problems.append(f"{name}.{key} holds NaN or Inf")
+        if len(problems) == before:
+            copy.load_state_dict(tensors)
+            copies[canonical] = copy
+    return copies
+
+
+def _base_problems(content: Content, names: Names) -> list[str]:
+    """A base tensor in the file is ignored when it is the model's own, and an error when it differs."""
+    problems = []
+    for key, tensor in content.base.items():
+        module_name, _, tensor_name = key.rpartition(".")
+        module = names.modules.get(module_name)
+        own = None if module is None else {**module._parameters, **module._buffers}.get(tensor_name)
+        if own is None:
+            problems.append(
+                f"the file has {key}, for which this model has no place; {did_you_mean(key, _tensor_names(names))}"
+            )
+        elif own.shape != tensor.shape:
+            problems.append(
+                f"the file brings the base's {key} as {tuple(tensor.shape)}, here it is {tuple(own.shape)}: another "
+                "base, or one with another vocabulary (resize_token_embeddings)"
+            )
+        elif not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
+            problems.append(f"the file brings the base's {key}, and it differs from this model's: another base")
+    return problems
+
+
+def _other_base(compared: dict[str, Comparison], allow_other_base: bool) -> list[str]:
+    """Warn about another dtype of the same base, and return a problem for another base."""
+    different = {label: c for label, c in compared.items() if not c.same}
+    if different:
+        label, worst = max(different.items(), key=lambda item: item[1].difference)
+        text = (
+            f"the base differs from the one this adapter was saved on, in {len(different)} of {len(compared)} adapted "
+            f"matrices (sampled; most in {label}, by {worst.difference:.2%})"
+        )
+        if not allow_other_base:
+            return [f"{text}; pass allow_other_base=True to load it all the same"]
+        warnings.warn(text, AdapterWarning, stacklevel=4)
+        return []
+    changed = {c.dtypes for c in compared.values() if c.dtypes[0] != c.dtypes[1]}
+    if changed:
+        pairs = enumerate_names(f"{then} then, {now} now" for then, now in sorted(changed))
+        warnings.warn(
+            f"the base is the one this adapter was saved on in another dtype ({pairs})", AdapterWarning, stacklevel=4
+        )
+    return []
+
+
+def _tensor_names(names: Names) -> list[str]:
+    return [f"{name}.{key}" if name else key for name, module in names.modules.items() for key in module._parameters]

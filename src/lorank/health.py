@@ -1,0 +1,89 @@
+"""check: after a backward pass, does every adapter parameter really train?"""
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import base_modules, entries, unwrapped
+from .errors import AdapterError, raise_problems
+from .surgery import adapter_parameters, named_or_active
+from .variants import Adapter, LoRAAdapter
+
+
+def check(model: nn.Module, name: str | None = None) -> list[str]:
+    """Raise unless every parameter of the active adapters got a finite, non-zero gradient.
+
+    Call it after `loss.backward()` and before the gradients are cleared. On the first step one factor of each
+    pair is zero, so the other's gradient is zero too and that is in order; from the second step on both must
+    move. Returns remarks that are no errors: tokens of an adapted embedding that did not occur.
+
+    Raises AdapterError that names every parameter without a gradient, and the likely cause.
+    """
+    model = unwrapped(model)
+    problems: list[str] = []
+    remarks: list[str] = []
+    chosen = named_or_active(model, name, "check")
+    parameters = {key: p for adapter in chosen for key, p in adapter_parameters(model, adapter).items()}
+    if all(parameter.grad is None for parameter in parameters.values()):
+        raise AdapterError("cannot check: " + _why_no_gradient(model, chosen))
+    idle: set[int] = set()  # parameters whose zero gradient is explained by a zero partner
+    for adapter in chosen:
+        for layer_name, (_, entry) in entries(model, adapter).items():
+            for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
+                if isinstance(leaf, LoRAAdapter):
+                    idle |= {id(a) for a, b in ((leaf.A, leaf.B), (leaf.B, leaf.A)) if not b.detach().any()}
+                    remarks += _unseen_tokens(layer_name, leaf)
+    for key, parameter in parameters.items():
+        problem = _gradient_problem(parameter, idle=id(parameter) in idle)
+        if problem:
+            problems.append(f"{key} {problem}")
+    if problems:
+        problems.append(_advice(model))
+    raise_problems("these adapter parameters do not train", problems)
+    return remarks
+
+
+def _gradient_problem(parameter: Tensor, idle: bool) -> str | None:
+    gradient = parameter.grad
+    if not parameter.requires_grad:
+        return "has requires_grad=False"
+    if gradient is None:
+        return "has no gradient: its layer was not run, or its output is not part of the loss"
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().values()
+    if not torch.isfinite(gradient).all():
+        return "has a gradient with NaN or Inf"
+    if not idle and not gradient.any():
+        return "has a gradient of zeros"
+    return None
+
+
+def _unseen_tokens(layer_name: str, leaf: LoRAAdapter) -> list[str]:
+    if not leaf.host.lookup or leaf.A.grad is None or not leaf.B.detach().any():
+        return []
+    unseen = int((leaf.A.grad == 0).all(dim=0).sum())
+    return [f"{layer_name}: {unseen:,} of {leaf.A.shape[1]:,} tokens did not occur"] if unseen else []
+
+
+def _why_no_gradient(model: nn.Module, chosen: list[str]) -> str:
+    names = ", ".join(f"'{name}'" for name in chosen)
+    return (
+        f"no parameter of adapter {names} has a gradient. Call check after loss.backward() and before the gradients "
+        f"are cleared. {_advice(model)}"
+    )
+
+
+def _advice(model: nn.Module) -> str:
+    """Return the likely cause: checkpointing that stops at inputs without gradient, above all."""
+    for _, module in base_modules(model):
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+        if getattr(module, "gradient_checkpointing", False) and reentrant:
+            return (
+                "The model uses reentrant gradient checkpointing, which passes no gradient on when its inputs need "
+                "none, and a frozen embedding's output needs none: enable it with use_reentrant=False, or call "
+                "model.enable_input_require_grads()"
+            )
+    return (
+        "Likely causes: the model code reads the layer's weight without calling the layer, the layer is not used for "
+        "this input, or the forward ran under no_grad or in a checkpoint with use_reentrant=True"
+    )

@@ -1,0 +1,157 @@
+"""Host: a layer type seen as one or more matrices W (out, in). Stateless; the layer is always an argument."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+
+
+class NoHost(AdapterError):
+    """This layer cannot be adapted; the text says why, as the end of a sentence about the layer."""
+
+
+class Host(ABC):
+    """How a layer applies its weight, so that any variant can add an update of it.
+
+    Shapes: W (out, in) · A (rank, in) · B (out, rank), as in `lorank.lowrank`. A host whose layers hold one
+    matrix calls its only part "weight".
+    """
+
+    lookup: ClassVar[bool] = False  # the input is indices into W's columns, so it is never multiplied
+
+    def parts(self, layer: nn.Module) -> tuple[str, ...]:
+        """Return the names of the layer's matrices."""
+        return ("weight",)
+
+    def shape(self, layer: nn.Module, part: str) -> tuple[int, int]:
+        """Return (out, in) of a part."""
+        out, in_ = self.matrix(layer, part).shape
+        return out, in_
+
+    @abstractmethod
+    def matrix(self, layer: nn.Module, part: str) -> Tensor:
+        """Return the weight as a dense (out, in) matrix in its own dtype; a view where that is possible."""
+
+    @abstractmethod
+    def write(self, layer: nn.Module, part: str, W: Tensor) -> None:
+        """Write W (out, in) into the layer in place, rounded to the weight's dtype: the inverse of `matrix`."""
+
+    @abstractmethod
+    def down(self, layer: nn.Module, part: str, x: Tensor, A: Tensor) -> Tensor:
+        """Apply A (rank, in) to the layer's input as the layer applies its weight; ends in (..., rank)."""
+
+    @abstractmethod
+    def up(self, layer: nn.Module, part: str, z: Tensor, B: Tensor) -> Tensor:
+        """Apply B (out, rank) to the result of `down`; shaped like this part's output."""
+
+    def add(self, layer: nn.Module, part: str, y: Tensor, update: Tensor) -> Tensor:
+        """Return the layer's output y with this part's update added."""
+        return y + update.to(y.dtype)
+
+    @abstractmethod
+    def behaves(self, layer: nn.Module) -> bool:
+        """Tell whether the layer's own forward computes what this host believes it does, on a small input.
+
+        Asked only of subclasses of the registered class, which may replace its forward.
+        """
+
+    def weight(self, layer: nn.Module) -> nn.Parameter:
+        """Return the parameter that `matrix` reads and `write` writes."""
+        return plain_parameter(layer, "weight")
+
+
+H = TypeVar("H", bound=Host)
+
+_HOSTS: dict[type | str, Host] = {}
+
+# Places where PyTorch reads a layer's weight without calling the layer, so that an adapter on the layer would
+# have no effect (pytorch#78109): the parent's class, and the children it reads (None: all of them).
+_READ_WITHOUT_CALL: dict[type, frozenset[str] | None] = {
+    nn.MultiheadAttention: None,
+    nn.TransformerEncoderLayer: frozenset({"linear1", "linear2"}),
+}
+
+
+def register(*layers: type | str) -> Callable[[type[H]], type[H]]:
+    """Make a `Host` class responsible for layer classes.
+
+    A layer class of another library is given as its qualified name ("transformers.pytorch_utils.Conv1D"), so
+    that nothing is imported for it.
+    """
+
+    def add(host: type[H]) -> type[H]:
+        for layer in layers:
+            _HOSTS[layer] = host()
+        return host
+
+    return add
+
+
+def plain_parameter(layer: nn.Module, name: str) -> nn.Parameter:
+    """Return the layer's own dense floating-point parameter `name`.
+
+    Raises NoHost for what only looks like one: computed by a parametrisation or a hook, sharded, packed by a
+    quantiser, not yet initialised.
+    """
+    parameter = layer._parameters.get(name)
+    if parameter is None:
+        raise NoHost(f"its {name} is not a parameter of its own (parametrised, pruned, normalised or removed)")
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        kind = type(parameter) if type(parameter) is not nn.Parameter else type(parameter.data)
+        raise NoHost(f"its {name} is a {kind.__name__}, for which lorank has no host yet (quantised, sharded or lazy)")
+    if not parameter.is_floating_point():
+        raise NoHost(
+            f"its {name} is packed as {str(parameter.dtype).removeprefix('torch.')}; it needs a host of its own"
+        )
+    return parameter
+
+
+def host_of(layer: nn.Module) -> Host:
+    """Return the host for a layer; raises NoHost with the reason when there is none."""
+    host, own_class = _lookup(layer), _registered_class(layer)
+    if host is None or own_class is None:
+        raise NoHost(f"lorank has no host for {type(layer).__name__}")
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise NoHost("a compiled ScriptModule cannot be changed")
+    for part in host.parts(layer):
+        host.shape(layer, part)  # raises for a weight that is not a plain matrix
+    if type(layer) is not own_class and not _is_adapted(layer) and not host.behaves(layer):
+        raise NoHost(f"{type(layer).__name__} does not compute what its base class {own_class.__name__} does")
+    return host
+
+
+def has_host(layer: nn.Module) -> bool:
+    """Tell whether the layer is of a kind that lorank adapts, whatever the state it is in."""
+    return _lookup(layer) is not None
+
+
+def read_without_call(parent: nn.Module, child: str) -> str | None:
+    """Return why an adapter on this child of `parent` would have no effect; None when it would have one."""
+    for kind, children in _READ_WITHOUT_CALL.items():
+        if isinstance(parent, kind) and (children is None or child in children):
+            return f"{kind.__name__} reads its weight without calling it, so an adapter there would have no effect"
+    return None
+
+
+def _lookup(layer: nn.Module) -> Host | None:
+    cls = _registered_class(layer)
+    return None if cls is None else _HOSTS.get(cls) or _HOSTS[_qualified_name(cls)]
+
+
+def _registered_class(layer: nn.Module) -> type | None:
+    for cls in type(layer).__mro__:
+        if cls in _HOSTS or _qualified_name(cls) in _HOSTS:
+            return cls
+    return None
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_adapted(layer: nn.Module) -> bool:
+    return "adapters" in layer._modules  # was looked at when its first adapter came

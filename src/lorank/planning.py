@@ -1,0 +1,314 @@
+"""plan: what `adapt` would change, with every problem found before the first layer is touched."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .adapted import Adapted, Adapters, adapter_names, base_modules, unwrapped, why_not_attachable
+from .companions import why_no_bias_offset
+from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
+from .hosts import FusedHost, Host, NoHost, host_of, layout_of
+from .targets import Names, Selection, Targets, find_modules, parse_parts, select
+from .variants import Spec
+
+Bias = Literal["none", "adapted", "all"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One matrix that gets an update: a part of a layer, with the spec that holds for it."""
+
+    name: str  # the layer's dotted name
+    part: str  # "weight", or a part of a fused projection
+    layer: nn.Module = dataclasses.field(repr=False)
+    host: Host = dataclasses.field(repr=False)
+    spec: Spec
+    shape: tuple[int, int]  # (out, in)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that would be trained here, counted on the module itself."""
+        built = self.spec.build(self.host, self.layer, self.part, torch.device("meta"))
+        return sum(parameter.numel() for parameter in built.parameters())
+
+    @property
+    def label(self) -> str:
+        """The name with the part: `h.0.attn.c_attn[q]`."""
+        return self.name if self.part == "weight" else f"{self.name}[{self.part}]"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter consists of. Printing it shows a table; layers that differ only in number share a line."""
+
+    adapter: str
+    spec: Spec
+    places: tuple[Place, ...]
+    copies: dict[str, nn.Module] = dataclasses.field(repr=False)  # modules trained whole, as a copy
+    biases: dict[str, nn.Module] = dataclasses.field(repr=False)  # layers whose bias is trained
+    bias: Bias
+    left_out: dict[str, str]  # layers that `all-linear` or `attention` passed over, with the reason
+    base_parameters: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that get a low-rank update."""
+        return list(dict.fromkeys(place.name for place in self.places))
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that would be trained: factors, copies and biases."""
+        copies = sum(p.numel() for module in self.copies.values() for p in own_parameters(module))
+        biases = sum(module.get_parameter("bias").numel() for module in self.biases.values())
+        return sum(place.parameters for place in self.places) + copies + biases
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, ...], tuple[int, int]] = {}
+
+        def add(what: str, kind: str, shape: str, spec: str, parameters: int) -> None:
+            key = (re.sub(r"\b\d+\b", "*", what), kind, shape, spec)
+            count, total = rows.get(key, (0, 0))
+            rows[key] = (count + 1, total + parameters)
+
+        for place in self.places:
+            scale = f"rank {place.spec.rank}, alpha {place.spec.alpha:g}"
+            add(place.label, type(place.layer).__name__, " x ".join(map(str, place.shape)), scale, place.parameters)
+        for name, module in self.copies.items():
+            add(
+                name,
+                type(module).__name__,
+                "",
+                "trained whole, as a copy",
+                sum(p.numel() for p in own_parameters(module)),
+            )
+        for name, module in self.biases.items():
+            bias = module.get_parameter("bias")
+            add(f"{name}.bias", type(module).__name__, str(bias.numel()), "trained", bias.numel())
+        table = [("layers", "", "kind", "out x in", "", "parameters")]
+        table += [(k[0], f"x {count}", *k[1:], f"{total:,}") for k, (count, total) in rows.items()]
+        widths = [max(len(row[i]) for row in table) for i in range(6)]
+        lines = [
+            "  ".join(
+                c.rjust(w) if i in (1, 5) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        trained, base = self.trainable_parameters, self.base_parameters
+        lines.append(
+            f"adapter '{self.adapter}': {trained:,} parameters to train, {trained / max(base, 1):.3%} of {base:,}"
+        )
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            reasons.setdefault(reason, []).append(name)
+        lines += [f"left out: {enumerate_names(layers)} ({reason})" for reason, layers in reasons.items()]
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module,
+    spec: Spec,
+    targets: Targets,
+    name: str = "default",
+    *,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    train_also: str | Sequence[str] = (),
+    bias: Bias = "none",
+) -> Plan:
+    """Return what `adapt` with the same arguments would do. Nothing is changed and no weight is read.
+
+    Works on the meta device. Arguments and errors are those of `adapt`.
+    """
+    model = unwrapped(model)
+    names = Names(model)
+    selection = select(model, targets, names)
+    problems = name_problems(model, name) + selection.problems
+    notes: list[str] = []
+
+    copies = _find_copies(train_also, names, selection, problems)
+    specs = _specs_by_layer(spec, ranks or {}, alphas or {}, names, selection, problems)
+    places = []
+    for layer_name, parts in selection.layers.items():
+        places += _places(layer_name, parts, specs[layer_name], names, problems)
+    for place in places:
+        limit = min(place.shape)
+        if place.spec.rank > limit:
+            notes.append(
+                f"{place.label}: rank {place.spec.rank} is above the layer's own, {limit}; the update cannot use more"
+            )
+    biases = _find_biases(bias, names, selection, copies, problems)
+    for layer_name in [*selection.layers, *copies, *biases]:
+        reason = why_not_attachable(names.modules[layer_name])
+        if reason:
+            problems.append(f"{layer_name}: {reason}")
+    raise_problems("cannot adapt", list(dict.fromkeys(problems)))
+    return Plan(
+        adapter=name,
+        spec=spec,
+        places=tuple(places),
+        copies=copies,
+        biases=biases,
+        bias=bias,
+        left_out=selection.left_out,
+        base_parameters=sum(p.numel() for p in own_parameters(model)),
+        warnings=tuple(notes),
+    )
+
+
+def warn(plan: Plan, stacklevel: int = 3) -> None:
+    """Emit a plan's warnings, and one for layers that a word passed over though they are no output head."""
+    for text in plan.warnings:
+        warnings.warn(text, AdapterWarning, stacklevel=stacklevel)
+    passed = {name: reason for name, reason in plan.left_out.items() if reason != "output head"}
+    for reason in dict.fromkeys(passed.values()):
+        layers = [name for name, why in passed.items() if why == reason]
+        warnings.warn(f"not adapted: {enumerate_names(layers, 3)}: {reason}", AdapterWarning, stacklevel=stacklevel)
+
+
+def name_problems(model: nn.Module, name: str) -> list[str]:
+    """Return what is wrong with an adapter name: not usable, or taken."""
+    if not isinstance(name, str) or not name or "." in name or "/" in name:
+        return [f"adapter name {name!r} must be a non-empty string without '.' and '/'"]
+    if hasattr(Adapters(), name):
+        return [f"adapter name '{name}' is the name of a method of torch modules; choose another"]
+    taken = adapter_names(model)
+    if name in taken:
+        return [
+            f"adapter name '{name}' is taken (adapters here: {', '.join(taken)}); choose another or remove it first"
+        ]
+    return []
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a module without those of adapters, each once."""
+    found = {id(p): p for _, m in base_modules(module) for p in m._parameters.values() if p is not None}
+    return list(found.values())
+
+
+def _specs_by_layer(
+    spec: Spec,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    names: Names,
+    selection: Selection,
+    problems: list[str],
+) -> dict[str, Spec]:
+    overrides: dict[str, dict[str, float]] = {name: {} for name in selection.layers}
+    for key, patterns in (("rank", ranks), ("alpha", alphas)):
+        for pattern, value in patterns.items():
+            if parse_parts(pattern)[1] is not None:
+                problems.append(f"{key}s '{pattern}' names parts; all parts of a layer have the same {key}")
+                continue
+            found, problem = find_modules(pattern, names)
+            matched = [name for name in found if name in selection.layers]
+            if not matched:
+                problems.append(
+                    f"{key}s {problem}" if problem else f"{key}s '{pattern}' matches no layer that is adapted"
+                )
+            for name in matched:
+                if overrides[name].setdefault(key, value) != value:
+                    problems.append(f"{key}s give {name} two values, {overrides[name][key]} and {value} ('{pattern}')")
+    specs = {}
+    for name, fields in overrides.items():
+        try:
+            specs[name] = dataclasses.replace(spec, **fields)
+        except (AdapterError, TypeError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+            specs[name] = spec
+    return specs
+
+
+def _places(name: str, parts: tuple[str, ...] | None, spec: Spec, names: Names, problems: list[str]) -> list[Place]:
+    layer = names.modules[name]
+    try:
+        host = host_of(layer)
+        if parts is not None:
+            owner, child = names.parent(name)
+            if owner is None:
+                raise NoHost("it stands alone, and the layout of its parts is known by the module that holds it")
+            host = FusedHost(host, layout_of(owner, child, layer, host.shape(layer, "weight")[0]))
+        known = host.parts(layer)
+        unknown = [part for part in parts or () if part not in known]
+        if unknown:
+            raise NoHost(f"it has no part {enumerate_names(unknown)}; its parts are {', '.join(known)}")
+        wanted = known if parts is None else tuple(part for part in known if part in parts)
+        return [Place(name, part, layer, host, spec, host.shape(layer, part)) for part in wanted]
+    except NoHost as error:
+        problems.append(f"{name}: {error}")
+        return []
+
+
+def _find_copies(
+    train_also: str | Sequence[str], names: Names, selection: Selection, problems: list[str]
+) -> dict[str, nn.Module]:
+    copies: dict[str, nn.Module] = {}
+    for pattern in [train_also] if isinstance(train_also, str) else train_also:
+        found, problem = find_modules(pattern, names)
+        if problem:
+            problems.append(f"train_also {problem}")
+        for name in found:
+            reason = why_not_copyable(name, names, set(selection.layers))
+            if reason:
+                problems.append(f"train_also '{pattern}': {reason}")
+            copies[name] = names.modules[name]
+    for name in list(copies):
+        above = next((other for other in copies if name.startswith(other + ".")), None)
+        if above:
+            problems.append(f"train_also names {above} and {name}, which lies in it")
+    return copies
+
+
+def why_not_copyable(name: str, names: Names, adapted: set[str]) -> str | None:
+    """Return why a module cannot be trained as a copy beside the layers `adapted`; None when it can."""
+    module = names.modules[name]
+    if name == "":
+        return "that is the whole model; for full fine-tuning no adapter is needed"
+    if not own_parameters(module):
+        return f"{name} has no parameters"
+    inside = [layer for layer in adapted if layer == name or layer.startswith(name + ".")]
+    if inside:
+        return f"{name} contains {enumerate_names(sorted(inside), 3)}, which would be adapted; exclude with '!{name}'"
+    already = [n for n, m in names.modules.items() if n.startswith(name + ".") and isinstance(m, Adapted)]
+    if already:
+        return f"{name} contains {enumerate_names(already, 3)}, which another adapter changes"
+    return None
+
+
+def _find_biases(
+    bias: Bias, names: Names, selection: Selection, copies: dict[str, nn.Module], problems: list[str]
+) -> dict[str, nn.Module]:
+    if bias == "none":
+        return {}
+    if bias not in ("adapted", "all"):
+        problems.append(f"bias is {bias!r}; it must be 'none', 'adapted' or 'all'")
+        return {}
+    candidates = selection.layers if bias == "adapted" else names.modules
+    chosen: dict[str, nn.Module] = {}
+    refused: dict[str, str] = {}
+    for name in candidates:
+        module = names.modules[name]
+        in_copy = any(name == top or name.startswith(top + ".") for top in copies)
+        if module._parameters.get("bias") is None or in_copy or name in selection.excluded:
+            continue
+        reason = why_no_bias_offset(module)
+        if reason is not None:
+            refused[name] = reason
+        elif names.canonical[name] == name:
+            chosen[name] = module
+    trained = {id(module._parameters["bias"]) for module in chosen.values()}
+    for name, reason in refused.items():
+        if id(names.modules[name]._parameters["bias"]) not in trained:  # a head's own bias is often its decoder's too
+            problems.append(f"bias='{bias}': {name}: {reason}; exclude it with '!{name}'")
+    if not chosen and not problems:
+        problems.append(
+            f"bias='{bias}' finds no bias to train" + (" in the adapted layers" if bias == "adapted" else "")
+        )
+    return chosen

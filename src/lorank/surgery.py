@@ -1,0 +1,248 @@
+"""Adapt a model and take it back: adapt, reset, activate, disabled, remove, adapter_parameters."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from . import planning
+from .adapted import (
+    Adapted,
+    active_adapters,
+    adapted_layers,
+    adapter_names,
+    attach,
+    base_modules,
+    detach,
+    entries,
+    pristine_copy,
+    require_not_folded,
+    unwrapped,
+    why_not_detachable,
+)
+from .companions import BiasOffset, join
+from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
+from .planning import Bias, Plan
+from .targets import Targets
+from .variants import Adapter, Spec
+
+# Where a model keeps the names of the parameters that `adapt` froze, to thaw them when the last adapter goes.
+_FROZEN = "_frozen_by_lorank"
+
+
+def adapt(
+    model: nn.Module,
+    spec: Spec,
+    targets: Targets,
+    name: str = "default",
+    *,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    train_also: str | Sequence[str] = (),
+    bias: Bias = "none",
+    activate: bool = True,
+) -> Plan:
+    """Freeze the base, add an adapter to every layer that `targets` selects, and return what was done.
+
+    spec: what to add, such as `LoRA(rank=8, alpha=16)`.
+    targets: layers by the end of their names ("q_proj", "self_attn.q_proj"), patterns ("layers.*.q_proj",
+        "re:..."), the words "all-linear" and "attention", parts of a fused projection ("c_attn[q,v]"), a
+        function (name, layer) -> bool, or a list of these; a leading "!" excludes.
+    name: of the adapter, for `activate`, `save` and the others.
+    ranks, alphas: {pattern: value} for layers that differ from the spec. A layer with another rank keeps its
+        alpha, so its scale changes too.
+    train_also: modules of which the adapter trains a whole copy (a classification head). The copy runs in the
+        module's place while the adapter is active; the base's own stays as it is.
+    bias: also train the biases of the "adapted" layers, or of "all"; as the adapter's own, like `train_also`.
+    activate: make the new adapter the only active one; False leaves the active ones as they are.
+
+    The model stays the same object of the same class with the same parameters under the same names. Raises
+    AdapterError, which lists every problem, before anything is changed.
+    """
+    model = unwrapped(model)
+    require_not_folded(model, "cannot adapt")
+    made = planning.plan(model, spec, targets, name, ranks=ranks, alphas=alphas, train_also=train_also, bias=bias)
+    parts: dict[str, dict[str, Adapter]] = {}
+    for place in made.places:
+        parts.setdefault(place.name, {})[place.part] = place.spec.build(place.host, place.layer, place.part)
+    for layer_name, layer in made.biases.items():
+        parts.setdefault(layer_name, {})["bias"] = BiasOffset(layer)
+    built: dict[str, nn.Module] = {layer_name: join(adapters) for layer_name, adapters in parts.items()}
+    built.update({module_name: pristine_copy(module) for module_name, module in made.copies.items()})
+    install(model, name, built, activate=activate)
+    planning.warn(made)
+    return made
+
+
+def install(model: nn.Module, name: str, built: Mapping[str, nn.Module], *, activate: bool) -> None:
+    """Freeze the base and attach finished adapters, {layer name: entry}."""
+    layers = {layer_name: model.get_submodule(layer_name) for layer_name in built}
+    freeze_base(model)
+    for layer_name, entry in built.items():
+        attach(layers[layer_name], name, entry)
+    if activate:
+        set_active(model, (name,))
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Stop gradients for every parameter that is not an adapter's, and note which ones were running."""
+    frozen: list[str] = model.__dict__.get(_FROZEN, [])
+    for module_name, module in base_modules(model):
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                frozen.append(f"{module_name}.{parameter_name}" if module_name else parameter_name)
+    model.__dict__[_FROZEN] = frozen
+
+
+def thaw_base(model: nn.Module) -> None:
+    """Let gradients run again where `freeze_base` stopped them, wherever no adapter is left."""
+    for _, module in base_modules(model):
+        if _FROZEN in module.__dict__ and not adapted_layers(module):
+            for name in module.__dict__.pop(_FROZEN):
+                owner, _, parameter_name = name.rpartition(".")
+                module.get_submodule(owner).get_parameter(parameter_name).requires_grad_(True)
+
+
+def reset(model: nn.Module, name: str | None = None) -> None:
+    """Initialise an adapter anew, in place: afterwards the adapted model computes what the base does.
+
+    Also what a model needs that was adapted on the meta device, after `to_empty` and the loading of its base.
+    Without a name it is the active adapters that are reset.
+    """
+    model = unwrapped(model)
+    for chosen in named_or_active(model, name, "reset"):
+        for layer, entry in entries(model, chosen).values():
+            if isinstance(entry, Adapter):
+                with torch.no_grad():
+                    entry.reset_parameters(layer)
+            else:
+                entry.load_state_dict(pristine_copy(layer).state_dict())
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Make the named adapters the active ones, in this order; without a name the model runs its base.
+
+    Weights do not move and nothing is recomputed. Raises AdapterError for an unknown name, and for adapters
+    that cannot run together: two copies of one module, a layer adapted inside a module that another adapter
+    copies, or two adapters of which one is not additive.
+    """
+    model = unwrapped(model)
+    require_not_folded(model, "cannot activate")
+    known = adapter_names(model)
+    problems = [
+        f"no adapter '{name}'; {did_you_mean(name, known, 'adapters here are')}" for name in names if name not in known
+    ]
+    if len(set(names)) < len(names):
+        problems.append(f"an adapter is named twice in {list(names)}")
+    if not problems:
+        problems = why_not_together(model, names)
+    raise_problems("cannot activate", problems)
+    set_active(model, names)
+
+
+def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Make the named adapters the active ones in every layer that has them."""
+    for layer in adapted_layers(model).values():
+        layer.adapters.activate(names)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run the base inside the block, with its own heads and biases; afterwards the same adapters are active."""
+    model = unwrapped(model)
+    require_not_folded(model, "cannot disable adapters")
+    before = {id(layer): (layer, layer.adapters.active) for layer in adapted_layers(model).values()}
+    set_active(model, ())
+    try:
+        yield
+    finally:
+        for layer, active in before.values():
+            if isinstance(layer, Adapted):  # the block may have removed an adapter
+                layer.adapters.activate(active)
+
+
+def remove(model: nn.Module, name: str | None = None) -> None:
+    """Take an adapter from the model; with the last one gone the model is what it was before the first.
+
+    Without a name it is the only adapter there is. Class, attributes, outputs and `requires_grad` of the base
+    are as they were. Raises AdapterError for an unknown name, and on layers that were sharded after `adapt`.
+    """
+    model = unwrapped(model)
+    require_not_folded(model, "cannot remove")
+    chosen = name if name is not None else only_adapter(model, "remove")
+    found = entries(model, require_name(model, chosen, "remove"))
+    reasons = {layer_name: why_not_detachable(layer) for layer_name, (layer, _) in found.items()}
+    raise_problems("cannot remove", [f"{layer_name}: {reason}" for layer_name, reason in reasons.items() if reason])
+    for layer, _ in found.values():
+        detach(layer, chosen)
+    thaw_base(model)
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """Return what an adapter trains, {parameter name: Parameter}, for any optimiser.
+
+    The names are those of `model.named_parameters()`: factors, and the copies and biases of `train_also` and
+    `bias`. Without a name it is the active adapters'.
+    """
+    model = unwrapped(model)
+    found: dict[str, nn.Parameter] = {}
+    for chosen in named_or_active(model, name, "list the parameters"):
+        for layer_name, (_, entry) in entries(model, chosen).items():
+            prefix = f"{layer_name}.adapters.{chosen}" if layer_name else f"adapters.{chosen}"
+            found.update({f"{prefix}.{key}": parameter for key, parameter in entry.named_parameters()})
+    return found
+
+
+def named_or_active(model: nn.Module, name: str | None, action: str) -> list[str]:
+    """Return [name] if it is known, or the active adapters; raises AdapterError when there is none."""
+    if name is not None:
+        return [require_name(model, name, action)]
+    active = active_adapters(model)
+    if not active:
+        known = adapter_names(model)
+        hint = f"name one of {', '.join(known)}, or activate it" if known else "the model has none"
+        raise AdapterError(f"cannot {action}: no adapter is active; {hint}")
+    return active
+
+
+def only_adapter(model: nn.Module, action: str) -> str:
+    """Return the name of the only active adapter, or of the only one there is."""
+    known, active = adapter_names(model), active_adapters(model)
+    for names in (known, active):
+        if len(names) == 1:
+            return names[0]
+    which = f"name one of {enumerate_names(known)}" if known else "the model has no adapter"
+    raise AdapterError(f"cannot {action}: {which}")
+
+
+def require_name(model: nn.Module, name: str, action: str) -> str:
+    """Return `name` if the model has such an adapter; raises AdapterError with the nearest names if not."""
+    known = adapter_names(model)
+    if name not in known:
+        raise AdapterError(f"cannot {action}: no adapter '{name}'; {did_you_mean(name, known, 'adapters here are')}")
+    return name
+
+
+def why_not_together(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return why the named adapters cannot be active together."""
+    problems = []
+    copied: dict[str, str] = {}  # module name -> adapter that copies it
+    lone: set[str] = set()
+    for name in names:
+        for layer_name, (_, entry) in entries(model, name).items():
+            if isinstance(entry, Adapter):
+                lone |= set() if all(leaf.additive for leaf in entry.leaves()) else {name}
+            elif layer_name in copied:
+                problems.append(f"'{copied[layer_name]}' and '{name}' both put a copy in the place of {layer_name}")
+            else:
+                copied[layer_name] = name
+    for name in names:
+        for layer_name in entries(model, name):
+            top = next((top for top in copied if layer_name.startswith(top + ".")), None)
+            if top is not None:
+                problems.append(f"'{name}' adapts {layer_name}, in {top}, of which '{copied[top]}' runs a copy")
+    if lone and len(names) > 1:
+        problems.append(f"'{sorted(lone)[0]}' is not additive, so it can only be active alone")
+    return problems

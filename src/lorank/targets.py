@@ -1,0 +1,281 @@
+"""Targets: the words, names, patterns and functions by which a user says which layers to adapt.
+
+"q_proj"                 whole dotted components from the end of a layer's name
+"layers.*.q_proj"        the same, where * stands for any text
+"re:.*(q|v)_proj"        a regular expression that the whole name must match
+"c_attn[q,v]"            parts of a fused projection
+"all-linear"             every linear-like layer but the output head
+"attention"              the query, key, value and output projections of every attention
+lambda name, layer: ...  a function
+"!lm_head"               leaves out what the rest would select
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import nn
+
+from .adapted import base_modules
+from .errors import did_you_mean, enumerate_names
+from .hosts import NoHost, has_host, host_of, read_without_call
+
+Target: TypeAlias = str | Callable[[str, nn.Module], bool]
+Targets: TypeAlias = Target | Sequence[Target]
+
+# Direct children of a model that make its output, and what lies in them.
+_HEADS = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs", "cls", "head", "heads"})
+
+# How attention modules call the layers that project their queries, keys, values and output.
+_PROJECTIONS = frozenset(
+    {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_proj", "key_proj", "value_proj"),
+        *("query", "key", "value", "dense", "q_lin", "k_lin", "v_lin", "out_lin", "c_attn", "q_attn", "c_proj"),
+        *("query_key_value", "in_proj", "Wqkv", "Wo", "qkv", "proj", "out", "to_q", "to_k", "to_v", "to_out"),
+        *("q", "k", "v", "o"),
+    }
+)
+
+
+@dataclass
+class Selection:
+    """What targets select: {layer name: chosen parts, or None for the whole layer}, and what they left."""
+
+    layers: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # layer name -> why a word ("all-linear") passed it over
+    excluded: set[str] = field(default_factory=set)  # every module name that a "!" names
+    problems: list[str] = field(default_factory=list)
+
+
+class Names:
+    """All modules of a model by every name they go by; the first name of each is the one that counts."""
+
+    def __init__(self, model: nn.Module):
+        self.modules: dict[str, nn.Module] = {}
+        self.canonical: dict[str, str] = {}
+        first: dict[int, str] = {}
+        for name, module in base_modules(model):
+            self.modules[name] = module
+            self.canonical[name] = first.setdefault(id(module), name)
+
+    def parent(self, name: str) -> tuple[nn.Module | None, str]:
+        """Return the module that holds `name`, and the name it has there."""
+        path, _, child = name.rpartition(".")
+        return (self.modules[path] if name else None), child
+
+    def matching(self, pattern: str) -> list[str]:
+        """Return the first names of the modules that a name or pattern selects, in the model's order."""
+        matches = matcher(pattern)
+        return list(dict.fromkeys(self.canonical[name] for name in self.modules if name and matches(name)))
+
+    def endings(self, kind: Callable[[nn.Module], bool] = lambda module: True) -> list[str]:
+        """Return the last components of the names of all modules of a kind, most frequent first."""
+        counts: dict[str, int] = {}
+        for name, module in self.modules.items():
+            ending = name.rpartition(".")[2]
+            if ending and not ending.isdigit() and kind(module):
+                counts[ending] = counts.get(ending, 0) + 1
+        return sorted(counts, key=lambda ending: -counts[ending])
+
+    def why_not(self, name: str) -> str | None:
+        """Return why the layer of this name cannot be adapted; None when it can."""
+        parent, child = self.parent(name)
+        reason = read_without_call(parent, child) if parent is not None else None
+        if reason is None:
+            try:
+                host_of(self.modules[name])
+            except NoHost as error:
+                reason = str(error)
+        return reason
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Return the test for a name or pattern; raises `re.error` for a bad regular expression."""
+    if pattern.startswith("re:"):
+        expression = re.compile(pattern[3:])
+    else:
+        text = ".*".join(re.escape(piece) for piece in pattern.split("*"))
+        expression = re.compile(rf"(?:.*\.)?{text}", re.DOTALL)
+    return lambda name: expression.fullmatch(name) is not None
+
+
+def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
+    """Find the layers that targets select. Problems are collected, not raised."""
+    selection = Selection()
+    wanted: list[Target] = [targets] if isinstance(targets, str) or callable(targets) else list(targets)
+    if not wanted:
+        selection.problems.append("no targets were given")
+    for target in wanted:
+        if isinstance(target, str) and target.startswith("!"):
+            _exclude(target, names, selection)
+    for target in wanted:
+        if callable(target):
+            _select_by_function(target, names, selection)
+        elif not isinstance(target, str):
+            selection.problems.append(f"target {target!r} is neither a string nor a function (name, layer) -> bool")
+        elif target == "all-linear":
+            _select_all_linear(model, names, selection)
+        elif target == "attention":
+            _select_attention(names, selection)
+        elif not target.startswith("!"):
+            _select_by_name(target, names, selection)
+    for name in selection.layers.keys() & selection.excluded:
+        del selection.layers[name]
+    if not selection.layers and not selection.problems:
+        selection.problems.append("the targets exclude every layer that they select")
+    order = {name: i for i, name in enumerate(names.modules)}
+    selection.layers = dict(sorted(selection.layers.items(), key=lambda item: order[item[0]]))
+    return selection
+
+
+def find_modules(pattern: str, names: Names) -> tuple[list[str], str | None]:
+    """Return the names of the modules of any kind that a pattern selects, or a problem."""
+    try:
+        found = names.matching(pattern)
+    except re.error as error:
+        return [], f"'{pattern}' is not a regular expression: {error}"
+    if found:
+        return found, None
+    return [], f"'{pattern}' names no module; {did_you_mean(pattern, names.endings(), 'modules here end in')}"
+
+
+def parse_parts(target: str) -> tuple[str, tuple[str, ...] | None]:
+    """Split "c_attn[q,v]" into "c_attn" and ("q", "v"); a target without parts gives None for them."""
+    match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\]", target) if not target.startswith("re:") else None
+    if match is None:
+        return target, None
+    return match[1], tuple(part.strip() for part in match[2].split(","))
+
+
+def output_heads(model: nn.Module, names: Names) -> set[str]:
+    """Return the names of everything that belongs to the model's output head."""
+    tops = {name for name in names.modules if name in _HEADS}
+    find = getattr(model, "get_output_embeddings", None)
+    output = find() if callable(find) else None
+    tops |= {name for name, module in names.modules.items() if name and module is output}
+    return {names.canonical[name] for name in names.modules if any(_within(name, top) for top in tops)}
+
+
+def _within(name: str, top: str) -> bool:
+    return name == top or name.startswith(top + ".")
+
+
+def _exclude(target: str, names: Names, selection: Selection) -> None:
+    pattern, parts = parse_parts(target[1:])
+    if parts is not None:
+        selection.problems.append(f"'{target}' excludes parts; name the parts that are wanted instead")
+        return
+    found, problem = find_modules(pattern, names)
+    if problem:
+        selection.problems.append(f"exclusion {problem}")
+    for top in found:
+        selection.excluded.update(names.canonical[name] for name in names.modules if _within(name, top))
+
+
+def _add(name: str, parts: tuple[str, ...] | None, selection: Selection) -> None:
+    if name in selection.layers:
+        before = selection.layers[name]
+        if (before is None) != (parts is None):
+            selection.problems.append(f"{name} is selected once as a whole and once by parts")
+            return
+        parts = None if parts is None or before is None else tuple(dict.fromkeys(before + parts))
+    selection.layers[name] = parts
+
+
+def _select_by_name(target: str, names: Names, selection: Selection) -> None:
+    pattern, parts = parse_parts(target)
+    try:
+        found = names.matching(pattern)
+    except re.error as error:
+        selection.problems.append(f"target '{target}' is not a regular expression: {error}")
+        return
+    is_pattern = pattern.startswith("re:") or "*" in pattern
+    chosen = [name for name in found if has_host(names.modules[name])] if is_pattern else found
+    chosen = [name for name in chosen if name not in selection.excluded]
+    if not chosen and not (found and selection.excluded.issuperset(found)):
+        endings = names.endings(has_host)
+        selection.problems.append(
+            f"target '{target}' selects no layer; {did_you_mean(pattern, endings, 'layers here end in')}"
+        )
+    refused: dict[str, list[str]] = {}
+    for name in chosen:
+        reason = names.why_not(name)
+        if reason is None:
+            _add(name, parts, selection)
+        else:
+            refused.setdefault(reason, []).append(name)
+    for reason, layers in refused.items():
+        inside = [n.rpartition(".")[2] for n in names.modules if _within(n, layers[0]) and has_host(names.modules[n])]
+        hint = f"; layers in it: {enumerate_names(dict.fromkeys(inside))}" if inside else ""
+        selection.problems.append(
+            f"target '{target}' selects {enumerate_names(layers, 3)}, which cannot be adapted: {reason}{hint}"
+        )
+
+
+def _select_by_function(target: Callable[[str, nn.Module], bool], names: Names, selection: Selection) -> None:
+    chosen = [
+        name
+        for name, module in names.modules.items()
+        if names.canonical[name] == name and has_host(module) and target(name, module)
+    ]
+    if not chosen:
+        selection.problems.append(f"the function {getattr(target, '__name__', target)!r} selects no layer")
+    for name in chosen:
+        reason = names.why_not(name)
+        if reason is None:
+            _add(name, None, selection)
+        else:
+            selection.problems.append(f"{name}, which the function selects, cannot be adapted: {reason}")
+
+
+def _linear_like(names: Names) -> list[str]:
+    return [
+        name
+        for name, module in names.modules.items()
+        if names.canonical[name] == name and has_host(module) and not isinstance(module, nn.Embedding)
+    ]
+
+
+def _select_all_linear(model: nn.Module, names: Names, selection: Selection) -> None:
+    candidates = _linear_like(names)
+    heads = output_heads(model, names)
+    chosen = 0
+    for name in candidates:
+        reason = "output head" if name in heads else names.why_not(name)
+        if reason is None:
+            _add(name, None, selection)
+            chosen += 1
+        elif name not in selection.excluded:
+            selection.left_out[name] = reason
+    if not chosen:
+        what = "only the output head" if candidates else "no linear layer"
+        selection.problems.append(f"target 'all-linear' finds {what} in this model")
+
+
+def _select_attention(names: Names, selection: Selection) -> None:
+    attentions = [name for name, module in names.modules.items() if "attention" in type(module).__name__.lower()]
+    linear = _linear_like(names)
+    chosen: set[str] = set()
+    for attention in attentions:
+        inside = [name for name in linear if name != attention and _within(name, attention)]
+        projections = [name for name in inside if name.rpartition(".")[2] in _PROJECTIONS]
+        if inside and not projections:
+            endings = dict.fromkeys(name.rpartition(".")[2] for name in inside)
+            selection.problems.append(
+                f"target 'attention' does not know the layers {enumerate_names(endings)} of "
+                f"{type(names.modules[attention]).__name__}; name those that you want"
+            )
+        chosen.update(projections)
+    for name in linear:
+        if name in chosen:
+            reason = names.why_not(name)
+            if reason is None:
+                _add(name, None, selection)
+            else:
+                selection.left_out[name] = reason
+    if not chosen:
+        selection.problems.append("target 'attention' finds no attention module in this model; name its layers instead")
+    elif chosen <= selection.left_out.keys():
+        reasons = dict.fromkeys(selection.left_out[name] for name in sorted(chosen))
+        selection.problems.append(f"target 'attention' finds no layer that can be adapted: {'; '.join(reasons)}")

@@ -1,0 +1,186 @@
+"""The training loop: a generator of optimiser steps. Logging, evaluation and saving are the caller's own code."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError, raise_problems
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to optimise. Raises AdapterError, naming every field that is wrong.
+
+    steps: optimiser steps; None takes one pass over the batches. With more steps than batches they are read again.
+    learning_rate: the highest value of the schedule.
+    schedule: `constant`, or falling to 0 in a `linear` or `cosine` way after the warm-up.
+    warmup: steps in which the rate rises linearly from 0.
+    weight_decay, betas, epsilon: of AdamW (Loshchilov & Hutter 2019).
+    clip: largest norm of the gradient; None for no limit.
+    accumulate: batches whose gradients make one step.
+    """
+
+    steps: int | None = None
+    learning_rate: float = 2e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    clip: float | None = 1.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.steps is not None and self.steps < 1:
+            problems.append(f"steps is {self.steps}; it must be at least 1, or None for one pass")
+        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
+            problems.append(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            problems.append(f"schedule is {self.schedule!r}; it must be constant, linear or cosine")
+        if self.schedule != "constant" and self.steps is None:
+            problems.append(f"a {self.schedule} schedule needs `steps`, to know where it ends")
+        if self.warmup < 0 or (self.steps is not None and self.warmup > self.steps):
+            problems.append(f"warmup is {self.warmup}; it must lie between 0 and steps")
+        if self.clip is not None and self.clip <= 0:
+            problems.append(f"clip is {self.clip}; it must be above 0, or None")
+        if self.accumulate < 1:
+            problems.append(f"accumulate is {self.accumulate}; it must be at least 1")
+        raise_problems("TrainConfig cannot be set up like this", problems)
+
+    def rate(self, index: int) -> float:
+        """Return the learning rate of a step; the first has index 1."""
+        if index <= self.warmup:
+            return self.learning_rate * index / (self.warmup + 1)
+        if self.schedule == "constant" or self.steps is None:
+            return self.learning_rate
+        done = (index - 1 - self.warmup) / max(1, self.steps - self.warmup)  # 0 at the first step after the warm-up
+        if self.schedule == "linear":
+            return self.learning_rate * (1 - done)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step. Tensors stay on the device, so that whoever prints them decides to wait for it."""
+
+    index: int  # from 1
+    loss: Tensor  # 0-dim, the mean over the step's batches, weighted
+    grad_norm: Tensor  # 0-dim, before clipping
+    learning_rate: float
+    weight: float  # what the step's batches weigh together: their trained tokens, or their number
+
+
+def train(
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[Batch], Tensor | tuple[Tensor, Any]],
+    batches: Iterable[Batch],
+    config: TrainConfig | None = None,
+) -> Iterator[Step]:
+    """Optimise `parameters` on `loss(batch)` with AdamW, yielding after every optimiser step.
+
+    loss: returns the batch's mean loss, or (summed loss, weight), such as the sum over the trained tokens and
+        their number. With the pair, accumulating gradients gives exactly the step of the one large batch;
+        with means, each batch counts alike.
+    batches: read again from the start when `config.steps` needs more, unless it is an iterator.
+
+    The caller owns the loop: `break` stops early, whatever is in the body runs between steps.
+
+        for step in lorank.train(lorank.adapter_parameters(model).values(), loss, batches, config):
+            if step.index % 100 == 0:
+                print(step.index, float(step.loss))
+
+    Raises AdapterError when the loss is not finite, before the optimiser moves anything, and when a parameter has
+    no gradient after the first backward pass.
+    """
+    config = config or TrainConfig(schedule="constant")
+    trained = list(parameters)
+    if not trained:
+        raise AdapterError("cannot train: there are no parameters to train")
+    optimiser = torch.optim.AdamW(
+        trained,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=all(p.device.type in ("cpu", "cuda") for p in trained),
+    )
+    optimiser.zero_grad(set_to_none=True)
+    for index, group in enumerate(_groups(batches, config), start=1):
+        mean, weight = _backward(group, loss, trained, index)
+        if index == 1:
+            _require_gradients(trained)
+        limit = math.inf if config.clip is None else config.clip
+        norm = nn.utils.clip_grad_norm_(trained, limit)
+        rate = config.rate(index)
+        for parameter_group in optimiser.param_groups:
+            parameter_group["lr"] = rate
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        yield Step(index, mean, norm, rate, weight)
+
+
+def _backward(
+    group: list[Batch], loss: Callable[[Batch], Tensor | tuple[Tensor, Any]], trained: list[nn.Parameter], index: int
+) -> tuple[Tensor, float]:
+    """Accumulate the gradients of a group of batches and divide them by what the batches weigh together."""
+    total: Tensor | None = None
+    weight = 0.0
+    for batch in group:
+        value = loss(batch)
+        summed, count = value if isinstance(value, tuple) else (value, 1)
+        if not torch.isfinite(summed):
+            raise AdapterError(
+                f"the loss of step {index} is {float(summed)}; this step has changed nothing. Lower the learning rate, "
+                "look at the batch, or train in float32"
+            )
+        summed.backward()
+        total = summed.detach() if total is None else total + summed.detach()
+        weight += float(count)
+    assert total is not None, "a group has at least one batch"
+    if weight <= 0:
+        raise AdapterError(f"the batches of step {index} weigh {weight:g}: there is nothing to train on in them")
+    if weight != 1:
+        for parameter in trained:
+            if parameter.grad is not None:
+                parameter.grad /= weight
+    return total / weight, weight
+
+
+def _groups(batches: Iterable[Batch], config: TrainConfig) -> Iterator[list[Batch]]:
+    """Yield the batches of each step; a pass that ends within a step makes a smaller one."""
+    made = 0
+    while True:
+        group: list[Batch] = []
+        made_before = made
+        for batch in batches:
+            group.append(batch)
+            if len(group) == config.accumulate:
+                yield group
+                group, made = [], made + 1
+                if made == config.steps:
+                    return
+        if group:
+            yield group
+            made += 1
+        if made == made_before:
+            if made == 0:
+                raise AdapterError("cannot train: there are no batches")
+            return  # an iterator, and it is used up
+        if config.steps is None or made >= config.steps:
+            return
+
+
+def _require_gradients(trained: list[nn.Parameter]) -> None:
+    without = [tuple(parameter.shape) for parameter in trained if parameter.grad is None]
+    if without:
+        raise AdapterError(
+            f"{len(without)} of {len(trained)} parameters have no gradient after the first backward pass (shapes "
+            f"{', '.join(map(str, without[:4]))}...): lorank.check(model) names them"
+        )

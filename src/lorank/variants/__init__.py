@@ -1,0 +1,13 @@
+"""Variants: one file a method. Importing the folder makes every file in it known."""
+
+import importlib
+import pkgutil
+
+from .base import Adapter, Spec, Update, register, specs
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+from .lora import LoRA, LoRAAdapter  # noqa: E402
+
+__all__ = ["Adapter", "LoRA", "LoRAAdapter", "Spec", "Update", "register", "specs"]

@@ -1,0 +1,101 @@
+"""Variant: a spec that a user writes and a file stores, and the adapter module it builds for one matrix."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+from ..hosts import Host
+
+
+class Adapter(nn.Module, ABC):
+    """One trainable change of one layer, used while it is active.
+
+    It never owns the layer: the layer is an argument, as it is for a `Host`.
+    """
+
+    additive: ClassVar[bool] = True  # y + f(x): any number of such adapters may be active together
+
+    @abstractmethod
+    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return the adapted output from the layer's input x and its output so far y."""
+
+    def leaves(self) -> Iterator["Adapter"]:
+        """Yield the adapters that hold the parameters: itself, unless it is made of several."""
+        yield self
+
+    @abstractmethod
+    def reset_parameters(self, layer: nn.Module) -> None:
+        """Initialise the parameters in place, so that the adapted layer computes what the layer does."""
+
+
+class Update(Adapter):
+    """An adapter that is an update ΔW of one of the layer's matrices."""
+
+    host: Host
+    part: str
+
+    @abstractmethod
+    def delta_weight(self, layer: nn.Module) -> Tensor:
+        """Return ΔW (out, in) in float32, such that the layer under W + ΔW computes what `forward` returns."""
+
+
+@dataclass(frozen=True)
+class Spec(ABC):
+    """What a user asks for: frozen, checked when it is made, and stored in the file."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    variant: ClassVar[str]  # the name in files and on the command line
+
+    @abstractmethod
+    def build(self, host: Host, layer: nn.Module, part: str, device: torch.device | None = None) -> Update:
+        """Return a new adapter for one part of a layer, on the layer's device unless another is given."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values, with the variant's name."""
+        fields = {k: _dtype_name(v) if isinstance(v, torch.dtype) else v for k, v in asdict(self).items()}
+        return {"variant": self.variant, **fields}
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Spec":
+        """Return the spec that `to_json` described; raises AdapterError for an unknown variant or field."""
+        values = dict(fields)
+        name = values.pop("variant", None)
+        if name not in _VARIANTS:
+            raise AdapterError(f"unknown variant {name!r}; this lorank knows {', '.join(sorted(_VARIANTS))}")
+        if isinstance(values.get("dtype"), str):
+            values["dtype"] = getattr(torch, values["dtype"], None)
+        try:
+            return _VARIANTS[name](**values)
+        except TypeError as error:
+            raise AdapterError(f"the {name} spec in the file does not fit this lorank: {error}") from None
+
+
+S = TypeVar("S", bound=type[Spec])
+
+_VARIANTS: dict[str, type[Spec]] = {}
+
+
+def register(name: str) -> Callable[[S], S]:
+    """Make a spec class known by its name in files and on the command line."""
+
+    def add(spec: S) -> S:
+        spec.variant = name
+        _VARIANTS[name] = spec
+        return spec
+
+    return add
+
+
+def specs() -> dict[str, type[Spec]]:
+    """Return every known variant by name."""
+    return dict(sorted(_VARIANTS.items()))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,100 @@
+"""LoRA: y = W x + (alpha / rank) · B A x, W frozen (Hu et al. 2021, section 4.1, eq. 3).
+
+With `rank_stabilised` the factor is alpha / √rank, which keeps the size of the update when the rank grows
+(Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA").
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import raise_problems
+from ..hosts import Host
+from ..lowrank import INITIALISATIONS, delta, initialise
+from .base import Spec, Update, register
+
+
+@register("lora")
+@dataclass(frozen=True)
+class LoRA(Spec):
+    """A low-rank update ΔW = scale · B A of a frozen weight.
+
+    rank: columns of B and rows of A, at least 1.
+    alpha: numerator of the scale, alpha / rank.
+    dropout: probability with which an element of the update's input is zeroed in training.
+    rank_stabilised: scale by alpha / √rank instead.
+    init: `kaiming` (A uniform in ±1/√in, as the authors' code) or `gaussian` (as the paper says; std 1/rank).
+        B starts at zero, so that the adapted model starts as the base. In an embedding A is the zero one.
+    dtype: of A and B. None takes float32, or the base's own dtype where that is wider; products always run in
+        the dtype of the layer's input.
+
+    Raises AdapterError, naming every field that is wrong.
+    """
+
+    dropout: float = 0.0
+    rank_stabilised: bool = False
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            problems.append(f"rank is {self.rank!r}; it must be a whole number of at least 1")
+        if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha == 0:
+            problems.append(f"alpha is {self.alpha!r}; it must be a finite number other than 0, or nothing would train")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            problems.append(f"dropout is {self.dropout!r}; it must be a probability in [0, 1)")
+        if self.init not in INITIALISATIONS:
+            problems.append(f"init is {self.init!r}; it must be one of {', '.join(INITIALISATIONS)}")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            problems.append(f"dtype is {self.dtype!r}; it must be a floating-point torch.dtype, or None")
+        raise_problems("LoRA cannot be set up like this", problems)
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def build(self, host: Host, layer: nn.Module, part: str, device: torch.device | None = None) -> "LoRAAdapter":
+        return LoRAAdapter(self, host, layer, part, device)
+
+
+class LoRAAdapter(Update):
+    """A (rank, in) and B (out, rank) of one matrix."""
+
+    spec: LoRA
+
+    def __init__(self, spec: LoRA, host: Host, layer: nn.Module, part: str, device: torch.device | None = None):
+        super().__init__()
+        self.spec, self.host, self.part = spec, host, part
+        self.scale = spec.scale
+        self.dropout = nn.Dropout(spec.dropout)
+        weight = host.weight(layer)
+        out, in_ = host.shape(layer, part)
+        dtype = spec.dtype or torch.promote_types(weight.dtype, torch.float32)
+        device = device or weight.device
+        self.A = nn.Parameter(torch.empty(spec.rank, in_, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(out, spec.rank, device=device, dtype=dtype))
+        if self.A.device.type != "meta":
+            self.reset_parameters(layer)
+
+    def reset_parameters(self, layer: nn.Module) -> None:
+        initialise(self.A, self.B, self.spec.init, lookup=self.host.lookup)
+
+    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        host, part = self.host, self.part
+        z = host.down(layer, part, x if host.lookup else self.dropout(x), self.A)  # (..., rank)
+        if host.lookup and self.training and self.spec.dropout:
+            # The input is one-hot: dropping its only non-zero element drops the whole row of a token.
+            z = z * F.dropout(z.new_ones(*z.shape[:-1], 1), self.spec.dropout)
+        return host.add(layer, part, y, host.up(layer, part, self.scale * z, self.B))
+
+    def delta_weight(self, layer: nn.Module) -> Tensor:
+        return delta(self.A, self.B, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.spec.rank}, scale={self.scale:g}"
