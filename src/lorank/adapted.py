@@ -125,10 +125,14 @@ def detach(layer: nn.Module, name: str) -> None:
     del adapters._modules[name]
     adapters.activate(adapters.active)
     if not adapters.names:
-        base = base_class(layer)
-        del layer._modules["adapters"]
-        layer.__class__ = base  # pyright: ignore[reportAttributeAccessIssue]
-        _redirect(layer, Adapted.forward, base.forward)
+        _restore_class(layer)
+
+
+def _restore_class(layer: nn.Module) -> None:
+    base = base_class(layer)
+    del layer._modules["adapters"]
+    layer.__class__ = base
+    _redirect(layer, Adapted.forward, base.forward)
 
 
 def why_not_attachable(layer: nn.Module) -> str | None:
@@ -164,13 +168,12 @@ def _redirect(layer: nn.Module, old: Any, new: Any) -> None:
 
 def pristine_copy(module: nn.Module) -> nn.Module:
     """Return a trainable deep copy of a module's base, without adapters that others have put on it."""
-    if not isinstance(module, Adapted):
-        copy = deepcopy(module)
+    copy: nn.Module
+    if isinstance(module, Adapted):
+        copy = deepcopy(module, {id(module.adapters): nn.Module()})  # a stand-in, so that no adapter is copied
+        _restore_class(copy)
     else:
-        copy = deepcopy(module, {id(module.adapters): None})
-        del copy._modules["adapters"]
-        copy.__class__ = base_class(copy)
-        _redirect(copy, Adapted.forward, type(copy).forward)
+        copy = deepcopy(module)
     for parameter in copy.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return copy

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ class Host(ABC):
     matrix calls its only part "weight".
     """
 
-    lookup: ClassVar[bool] = False  # the input is indices into W's columns, so it is never multiplied
+    transposed: bool = False  # the weight is stored as (in, out)
+    lookup: bool = False  # the input is indices into W's columns, so it is never multiplied
 
     def parts(self, layer: nn.Module) -> tuple[str, ...]:
         """Return the names of the layer's matrices."""

@@ -9,6 +9,8 @@ from .linear import LinearHost, agrees
 
 @register("transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D")
 class Conv1DHost(LinearHost):
+    transposed = True
+
     def matrix(self, layer: nn.Module, part: str) -> Tensor:
         weight = self.weight(layer)
         if weight.dim() != 2 or weight.shape[1] != layer.nf:

@@ -57,6 +57,7 @@ class FusedHost(Host):
     def __init__(self, base: Host, layout: RowLayout):
         self.base = base
         self.layout = layout
+        self.transposed = base.transposed
 
     def parts(self, layer: nn.Module) -> tuple[str, ...]:
         return tuple(self.layout.parts)

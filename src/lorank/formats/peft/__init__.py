@@ -1,0 +1,61 @@
+"""PEFT's adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
+
+The tensors say where an adapter sits; the configuration says with which scale. PEFT, vLLM and others read these
+files with the same outputs. Beside that the safetensors header carries lorank's own account of the adapter; see
+`header.py`.
+"""
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from ...errors import AdapterError
+from ...targets import Names
+from .. import safetensors_file
+from ..content import Content
+from .config import check_config, encode_config, read_config
+from .header import check_header, encode_header, read_header
+from .tensors import decode, encode_tensors
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def detect(path: Path) -> bool:
+    """Tell whether the path is an adapter in PEFT's layout: a directory, or its safetensors file."""
+    folder = path if path.is_dir() else path.parent
+    return (folder / CONFIG).is_file() and (path.is_dir() or path.suffix == ".safetensors")
+
+
+def write(content: Content, path: Path, model: nn.Module) -> None:
+    """Write an adapter into a directory. Other files there stay as they are."""
+    tensors = encode_tensors(content)
+    config = encode_config(content, model)
+    header = encode_header(content)
+    header["sha256"] = safetensors_file.digest(safetensors_file.pack(tensors))
+    metadata = {"format": "pt", "lorank": json.dumps(header, sort_keys=True, separators=(",", ":"))}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    # The tensors go first: their header alone says what they are, should the second file never arrive.
+    files = {path / TENSORS: safetensors_file.pack(tensors, metadata), path / CONFIG: text.encode()}
+    safetensors_file.write_atomically(files)
+
+
+def read(path: Path, names: Names) -> Content:
+    """Read an adapter for a model with these module names; raises AdapterError that lists every problem."""
+    folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
+    config = read_config(folder / CONFIG)
+    if not file.is_file():
+        pickled = folder / "adapter_model.bin"
+        hint = (
+            f"; {pickled.name} is a pickle, which lorank does not open: save it as safetensors"
+            if pickled.exists()
+            else ""
+        )
+        raise AdapterError(f"{folder} has no {TENSORS}{hint}")
+    packed, tensors, metadata = safetensors_file.read(file)
+    header = read_header(metadata, packed, file)
+    check_config(config, folder / CONFIG)
+    content = decode(config, tensors, header, names)
+    if header is not None:
+        check_header(header, content, names)
+    return content

@@ -1,0 +1,182 @@
+"""`adapter_config.json`: rank, scale and what else PEFT needs to know."""
+
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
+from ...planning import Bias
+from ...variants import LoRA
+from ..content import Content, LayerUpdate
+from ..pattern import Pattern
+
+# Settings that change what the tensors mean, with the values that do not.
+_MEANINGFUL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+}
+# Initialisations for which PEFT takes the adapter's start out of the base weight when it loads the file.
+_MOVES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# Settings that say how the adapter was trained, or for whom, and nothing about its tensors.
+_HARMLESS = frozenset(
+    {
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
+        *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+        *("fan_in_fan_out", "init_lora_weights", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
+        *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "ensure_weight_tying"),
+        "runtime_config",
+    }
+)
+
+BIAS: dict[str, Bias] = {"none": "none", "lora_only": "adapted", "all": "all"}
+
+
+def rank_alpha(update: LayerUpdate) -> tuple[int, float]:
+    """Return rank and alpha of the whole layer, such that PEFT computes the same scale."""
+    parts, spec = len(update.factors), update.spec
+    return parts * spec.rank, spec.alpha * (math.sqrt(parts) if spec.rank_stabilised else parts)
+
+
+def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
+    spec = content.spec
+    of_layer = {name: rank_alpha(update) for name, update in content.updates.items()}
+    rank, alpha = Counter(of_layer.values()).most_common(1)[0][0] if of_layer else (spec.rank, spec.alpha)
+    config = getattr(model, "config", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(model, content),
+        "auto_mapping": None,
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "revision": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rank_stabilised,
+        "use_dora": False,
+        "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
+        "bias": {"none": "none", "adapted": "lora_only", "all": "all"}[content.bias],
+        "fan_in_fan_out": any(u.host is not None and u.host.transposed for u in content.updates.values()),
+        "target_modules": _target_modules(content, model),
+        "exclude_modules": None,
+        "modules_to_save": sorted(content.copies) or None,
+        "rank_pattern": {_exactly(n): r for n, (r, _) in sorted(of_layer.items()) if r != rank},
+        "alpha_pattern": {_exactly(n): _number(a) for n, (_, a) in sorted(of_layer.items()) if a != alpha},
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _target_modules(content: Content, model: nn.Module) -> list[str] | str:
+    """Return full names, which PEFT takes as endings too; where one is the end of another, an exact pattern."""
+    layers = sorted(content.updates)
+    others = [name for name, _ in model.named_modules() if name not in content.updates]
+    ambiguous = any(name.endswith(f".{layer}") for name in others for layer in layers if len(name) > len(layer))
+    return "|".join(re.escape(layer) for layer in layers) if ambiguous or "" in layers else layers
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}"
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _task_type(model: nn.Module, content: Content) -> str | None:
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM"
+    # PEFT adds the head to modules_to_save by itself for these, so they are only true when it was trained.
+    heads = {"classifier", "score"} & content.copies.keys()
+    if name.endswith("ForSequenceClassification") and heads:
+        return "SEQ_CLS"
+    if name.endswith("ForTokenClassification") and heads:
+        return "TOKEN_CLS"
+    return None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise AdapterError(f"{path.parent} has no {path.name}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} holds a {type(config).__name__}, not an object")
+    return config
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse what changes the meaning of the tensors and is not supported; warn about what is not known."""
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA can be read")
+    for key, harmless in _MEANINGFUL.items():
+        if key in config and config[key] not in harmless:
+            problems.append(f"{key} is {config[key]!r}, which is not supported")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_MOVES_BASE):
+        problems.append(
+            f"init_lora_weights is {init!r}: the adapter belongs to a base from which PEFT takes the adapter's start "
+            "away when it loads; convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("rank_pattern", dict), ("alpha_pattern", dict)):
+        if config.get(key) is not None and not isinstance(config[key], kinds):
+            problems.append(f"{key} is {config[key]!r}")
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        problems.append(f"bias is {config['bias']!r}; PEFT knows none, all and lora_only")
+    raise_problems(f"cannot read {path}", problems)
+    unknown = sorted(k for k in config.keys() - _HARMLESS - _MEANINGFUL.keys() if config[k])
+    if unknown:
+        warnings.warn(
+            f"{path}: {enumerate_names(unknown)} is not known here and was ignored",
+            AdapterWarning,
+            stacklevel=5,
+        )
+
+
+def spec_of(config: Mapping[str, Any], problems: list[str]) -> LoRA:
+    try:
+        return LoRA(
+            rank=config.get("r", 8),
+            alpha=config.get("lora_alpha", 8),
+            dropout=config.get("lora_dropout") or 0.0,
+            rank_stabilised=bool(config.get("use_rslora")),
+            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+        )
+    except AdapterError as error:
+        problems.append(f"adapter_config.json: {error}")
+        return LoRA()
+
+
+def alphas_of(config: Mapping[str, Any], layers: Mapping[str, Any], problems: list[str]) -> dict[str, float]:
+    """Return each layer's alpha: that of the first key of alpha_pattern that matches its name, or the global one."""
+    default = config.get("lora_alpha", 8)
+    patterns = []
+    for text, alpha in (config.get("alpha_pattern") or {}).items():
+        try:
+            patterns.append((Pattern(text), alpha))
+        except AdapterError as error:
+            problems.append(str(error))
+    return {name: next((a for pattern, a in patterns if pattern.matches_end(name)), default) for name in layers}

@@ -1,0 +1,192 @@
+"""`adapter_model.safetensors`: which tensor is what, by its name."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import AdapterWarning, enumerate_names, raise_problems
+from ...hosts import FusedHost
+from ...lowrank import stack_blocks
+from ...targets import Names
+from ..content import Content, LayerUpdate
+from .config import BIAS, alphas_of, spec_of
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    r"(?:(?P<path>.*)\.)?(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(?:\.[^.]+){0,2})"
+)
+_REFUSED_KEYS = {
+    "lora_magnitude_vector": "a DoRA magnitude",
+    "token_adapter": "trained tokens",
+    "lora_B.bias": "a bias of the low-rank update",
+}
+
+
+def encode_tensors(content: Content) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, update in content.updates.items():
+        assert update.host is not None, "content that is written was gathered from a model"
+        A, B = _whole(update)
+        kinds = ("lora_embedding_A", "lora_embedding_B") if update.host.lookup else ("lora_A.weight", "lora_B.weight")
+        tensors[_key(name, kinds[0])], tensors[_key(name, kinds[1])] = A, B
+    for name, value in content.biases.items():
+        tensors[_key(name, "base_layer.bias" if name in content.updates else "bias")] = value
+    for name, copy in content.copies.items():
+        # safetensors refuses shared memory; what is tied inside a copy is written out twice
+        tensors.update({_key(name, key): tensor.clone() for key, tensor in copy.items()})
+    return tensors
+
+
+def _whole(update: LayerUpdate) -> tuple[Tensor, Tensor]:
+    """Return the factors of the whole layer: for parts of a fused projection, one exact block-structured pair."""
+    if not isinstance(update.host, FusedHost):
+        return update.factors["weight"]
+    layout = update.host.layout
+    return stack_blocks([(A, B, layout.index(part)) for part, (A, B) in update.factors.items()], layout.rows)
+
+
+def _key(name: str, suffix: str) -> str:
+    return f"{_PREFIX}{name}.{suffix}" if name else f"{_PREFIX}{suffix}"
+
+
+def decode(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None, names: Names
+) -> Content:
+    problems: list[str] = []
+    factors: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(_PREFIX).replace("_orig_mod.", "")
+        refused = next((what for token, what in _REFUSED_KEYS.items() if f".{token}" in f".{path}"), None)
+        factor = _FACTOR.fullmatch(path)
+        if refused:
+            problems.append(f"{key} is {refused}, which cannot be read yet")
+        elif factor and _is_factor_tail(factor["kind"], factor["rest"]):
+            kind = "A" if factor["kind"].endswith("A") else "B"
+            found = factors.setdefault(factor["path"] or "", {})
+            if kind in found:
+                problems.append(f"{key}: a second {kind} for the same layer (several adapters in one file?)")
+            found[kind] = tensor
+        elif factor and factor["rest"] == "" and not factor["kind"].startswith("lora_embedding"):
+            problems.append(f"{key} has loralib's name, without .weight; it is not a tensor of PEFT's layout")
+        else:
+            rest[path] = tensor
+    base = spec_of(config, problems)
+    content = Content(base, bias=BIAS[config.get("bias") or "none"])
+    alphas = alphas_of(config, factors, problems)
+    for path, pair in factors.items():
+        missing = {"A", "B"} - pair.keys()
+        if missing:
+            problems.append(f"{path}: the file lacks lora_{missing.pop()}")
+            continue
+        rank = pair["A"].shape[0]
+        if rank < 1 or pair["A"].dim() != 2 or pair["B"].dim() != 2:
+            problems.append(
+                f"{path}: lora_A {tuple(pair['A'].shape)} and lora_B {tuple(pair['B'].shape)} are no factors"
+            )
+            continue
+        spec = dataclasses.replace(base, rank=rank, alpha=alphas[path])
+        content.updates[path] = LayerUpdate(spec, {"weight": (pair["A"], pair["B"])})
+    _decode_rest(config, rest, header, names, content, problems)
+    raise_problems("this adapter does not fit this model", problems)
+    if header is None:
+        _warn_of_gaps(config, content, names)
+    return content
+
+
+def _is_factor_tail(kind: str, rest: str) -> bool:
+    """`.weight` or `.<adapter>.weight` after lora_A; nothing or `.<adapter>` after lora_embedding_A."""
+    if kind.startswith("lora_embedding"):
+        return rest.count(".") <= 1
+    return rest.endswith(".weight")
+
+
+def _decode_rest(
+    config: Mapping[str, Any],
+    rest: Mapping[str, Tensor],
+    header: Mapping[str, Any] | None,
+    names: Names,
+    content: Content,
+    problems: list[str],
+) -> None:
+    """Sort the tensors that are no factors into copies, biases, and tensors of the base that came along."""
+    wanted = config.get("modules_to_save") or []
+    entries = [] if isinstance(wanted, str) else list(wanted)
+    copied = header["copies"] if header is not None else _modules_to_save(entries, rest, names)
+    for name in copied:
+        content.copies[name] = {}
+    biases_are_trained = content.bias != "none"
+    for path, tensor in rest.items():
+        plain = re.sub(r"(^|\.)modules_to_save\.(?:default\.)?", r"\1", path).replace(".base_layer.", ".")
+        top = next((name for name in copied if plain.startswith(name + ".")), None)
+        module, _, tensor_name = plain.rpartition(".")
+        if "original_module." in plain:
+            content.base[plain.replace("original_module.", "")] = tensor
+        elif top is not None:
+            content.copies[top][plain.removeprefix(top + ".")] = tensor
+        elif tensor_name == "bias" and biases_are_trained:
+            content.biases[module] = tensor
+        else:
+            content.base[plain] = tensor
+    if header is None and content.bias == "adapted":
+        for name in content.updates:
+            layer = names.modules.get(name)
+            if layer is not None and layer._parameters.get("bias") is not None and name not in content.biases:
+                problems.append(f"{name}: bias is 'lora_only', and the file lacks its bias")
+
+
+def _modules_to_save(entries: list[str], rest: Mapping[str, Tensor], names: Names) -> list[str]:
+    """Return the modules that the entries name, as whole dotted components, and of which the file has tensors."""
+    found = []
+    for path in rest:
+        components = path.split(".")
+        for length in range(1, len(components)):
+            name = ".".join(components[:length])
+            if any(f".{name}".endswith(f".{entry}") for entry in entries) and name not in found:
+                found.append(name)
+                break
+    absent = {
+        name
+        for entry in entries
+        for name in names.modules
+        if f".{name}".endswith(f".{entry}") and names.canonical[name] == name and name not in found
+    }
+    # named in the configuration, there in the model, but not in the file: an empty copy makes its keys missing
+    return found + sorted(absent)
+
+
+def _warn_of_gaps(config: Mapping[str, Any], content: Content, names: Names) -> None:
+    """Warn when the configuration names layers of this model for which the file has no tensors.
+
+    PEFT would put an untrained adapter there; the tensors decide, so lorank adapts only what is in the file.
+    """
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") is not None:
+        return
+    excluded = config.get("exclude_modules") or []
+    excluded = excluded if isinstance(excluded, list) else []
+
+    def is_named(name: str, entries: list[str]) -> bool:
+        return any(f".{name}".endswith(f".{entry}") for entry in entries)
+
+    adapted = {names.canonical.get(name, name) for name in content.updates}
+    gaps = [
+        name
+        for name in names.modules
+        if names.canonical[name] == name
+        and is_named(name, targets)
+        and not is_named(name, excluded)
+        and name not in adapted
+        and not any(name == top or name.startswith(top + ".") for top in content.copies)
+        and names.why_not(name) is None
+    ]
+    if gaps:
+        warnings.warn(
+            f"target_modules also names {enumerate_names(gaps, 3)}, for which the file has no tensors; not adapted",
+            AdapterWarning,
+            stacklevel=6,
+        )
