@@ -73,8 +73,8 @@ def check_header(header: Mapping[str, Any], content: Content, names: Names) -> N
         told = LayerUpdate(spec, dict.fromkeys(parts, update.factors["weight"]))
         if not math.isclose(update.spec.scale, spec.scale, rel_tol=1e-6) or rank_alpha(told)[0] != update.spec.rank:
             problems.append(
-                f"{name}: adapter_config.json says rank {update.spec.rank} and scale {update.spec.scale:g}, the tensors' "
-                f"own header {rank_alpha(told)[0]} and {spec.scale:g}; the two files do not belong together"
+                f"{name}: rank and scale are {update.spec.rank} and {update.spec.scale:g} in adapter_config.json, "
+                f"{rank_alpha(told)[0]} and {spec.scale:g} in the tensors' own header; the two do not belong together"
             )
         update.spec = spec
         update.fingerprints = {part: Fingerprint.from_json(base) for part, base in fields["base"].items()}

@@ -1,0 +1,38 @@
+# Everything runs in .venv, which any of these makes when it is missing or out of date.
+#   make install   the environment, with exact versions from constraints.txt
+#   make test      all tests; LORANK_DATA=folder adds those that need data sets
+#   make lint      ruff, format and types
+#   make check     both
+#   make fix       format and mend what ruff can
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: install test lint check fix clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --requirement tests/real/requirements.txt
+	touch $(READY)
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check: lint test
+
+fix: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis
