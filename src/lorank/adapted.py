@@ -85,6 +85,12 @@ class Adapted(nn.Module):
                 output = adapters[name](self, x, output)
         return output
 
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if "(adapters)" in text:
+            return text
+        return f"Adapted{text} with (adapters): {self.adapters!r}"  # a class that prints itself on one line
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy by the layer's own class: the mixed one is made on the fly and has no address."""
         _, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))

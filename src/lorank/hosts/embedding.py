@@ -30,7 +30,7 @@ class EmbeddingHost(Host):
         self.weight(layer).data.copy_(W.T)
 
     def down(self, layer: nn.Embedding, part: str, x: Tensor, A: Tensor) -> Tensor:
-        return F.embedding(x, A.T, layer.padding_idx).to(self.weight(layer).dtype)  # (..., rank)
+        return F.embedding(x, A.T, layer.padding_idx).to(layer.weight.dtype)  # (..., rank)
 
     def up(self, layer: nn.Embedding, part: str, z: Tensor, B: Tensor) -> Tensor:
         update = F.linear(z, B.to(z.dtype))  # (..., dimension)
@@ -47,4 +47,4 @@ class EmbeddingHost(Host):
 
     def _embed_scale(self, layer: nn.Embedding) -> Tensor | float | None:
         scale = getattr(layer, "embed_scale", None)
-        return scale.to(self.weight(layer).dtype) if isinstance(scale, Tensor) else scale
+        return scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale

@@ -1,0 +1,291 @@
+"""The promises, for every host with every variant. Read from top to bottom it is the specification."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorank
+from lorank.adapted import Adapted, adapted_layers
+from lorank.variants import Spec
+
+from ..models import disturb
+from .cases import CASES, SPECS, Case
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(params=SPECS)
+def spec(request: pytest.FixtureRequest) -> Spec:
+    return SPECS[request.param]
+
+
+def adapted(case: Case, spec: Spec, **options: object) -> tuple[nn.Module, Tensor]:
+    """Return an adapted model whose adapter has an effect, and an input."""
+    model = case.model()
+    lorank.adapt(model, spec, case.targets, **options)  # pyright: ignore[reportArgumentType]
+    disturb(model)
+    return model, case.inputs()
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_adapted_model_starts_as_the_base(case: Case, spec: Spec) -> None:
+    model, x = case.model(), case.inputs()
+    before = model(x)
+    lorank.adapt(model, spec, case.targets)
+    assert torch.equal(model(x), before)
+
+
+def test_an_adapter_with_values_has_an_effect(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    y = model(x)
+    with lorank.disabled(model):
+        assert not torch.allclose(y, model(x), atol=1e-4)
+
+
+def test_base_names_and_bits_are_untouched(case: Case, spec: Spec) -> None:
+    model, x = case.model(), case.inputs()
+    before, identities = bits(model), {name: id(p) for name, p in model.named_parameters()}
+    classes = {name: type(module) for name, module in model.named_modules()}
+    lorank.adapt(model, spec, case.targets)
+    for step in lorank.train(lorank.adapter_parameters(model).values(), lambda x: model(x).square().mean(), [x] * 3):
+        assert torch.isfinite(step.loss)
+    base = {name: tensor for name, tensor in model.state_dict().items() if ".adapters." not in name}
+    assert same_bits(base, before)
+    parameters = dict(model.named_parameters())
+    assert all(id(parameters[name]) == identity for name, identity in identities.items())
+    assert all(isinstance(model.get_submodule(name), cls) for name, cls in classes.items())
+
+
+def test_only_the_adapter_gets_gradients(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    model(x).square().sum().backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == set(lorank.adapter_parameters(model))
+    lorank.check(model)
+
+
+def test_merged_equals_unmerged(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    y = model(x)
+    report = lorank.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    assert report.worst is not None
+    assert report.worst.relative_error < 1e-5
+    assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_a_merge_is_the_rounded_float32_merge(case: Case, spec: Spec, dtype: torch.dtype) -> None:
+    model, _ = adapted(case, spec)
+    model.to(dtype)
+    wide = copy.deepcopy(model).float()
+    lorank.merge(wide)
+    lorank.merge(model)
+    rounded = {name: tensor.to(dtype) for name, tensor in wide.state_dict().items()}
+    assert same_bits(bits(model), rounded)
+
+
+def test_a_merged_block_computes_the_same_and_restores_the_bits(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    model.to(torch.bfloat16).float()  # weights for which adding and subtracting again would not be the identity
+    before, y = bits(model), model(x)
+    with lorank.merged(model) as report:
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+        assert lorank.active_adapters(model) == []
+        assert len(report.rows) > 0
+    assert same_bits(bits(model), before)
+    assert torch.equal(model(x), y)
+
+
+def test_a_merged_block_restores_the_bits_after_an_exception(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    before, y = bits(model), model(x)
+    with pytest.raises(RuntimeError, match="inside"), lorank.merged(model):
+        raise RuntimeError("inside")
+    assert same_bits(bits(model), before)
+    assert torch.equal(model(x), y)
+
+
+def test_remove_leaves_no_trace(case: Case, spec: Spec) -> None:
+    model, x = case.model(), case.inputs()
+    next(model.parameters()).requires_grad_(False)  # a choice of the user, to be found again
+    before, y = bits(model), model(x)
+    attributes = {name: (type(m), list(m.__dict__), list(m._modules)) for name, m in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    lorank.adapt(model, spec, case.targets, bias="all" if any("bias" in name for name in flags) else "none")
+    lorank.adapt(model, spec, case.targets, name="second")
+    disturb(model)
+    lorank.remove(model, "default")
+    lorank.remove(model)
+    assert {name: (type(m), list(m.__dict__), list(m._modules)) for name, m in model.named_modules()} == attributes
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert same_bits(bits(model), before)
+    assert torch.equal(model(x), y)
+
+
+def test_merge_leaves_an_ordinary_model(case: Case, spec: Spec) -> None:
+    model = case.model()
+    attributes = {name: (type(m), list(m.__dict__), list(m._modules)) for name, m in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    lorank.adapt(model, spec, case.targets)
+    disturb(model)
+    lorank.merge(model)
+    assert {name: (type(m), list(m.__dict__), list(m._modules)) for name, m in model.named_modules()} == attributes
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_equal_and_independent(case: Case, spec: Spec, clone: object) -> None:
+    model, x = adapted(case, spec)
+    twin = clone(model)  # pyright: ignore[reportCallIssue]
+    y = model(x)
+    assert torch.equal(twin(x), y)
+    disturb(twin)
+    assert torch.equal(model(x), y)
+    assert not torch.equal(twin(x), y)
+    lorank.merge(twin)
+    assert lorank.active_adapters(model) == ["default"]
+
+
+def test_a_file_brings_the_same_adapter_back(case: Case, spec: Spec, tmp_path: Path) -> None:
+    model, x = adapted(case, spec)
+    y = model(x)
+    parameters = {name: p.clone() for name, p in lorank.adapter_parameters(model).items()}
+    lorank.save(model, tmp_path / "adapter")
+    lorank.remove(model)
+    plan = lorank.load(model, tmp_path / "adapter")
+    assert torch.equal(model(x), y)
+    assert plan.spec == spec
+    loaded = lorank.adapter_parameters(model)
+    assert list(loaded) == list(parameters)
+    assert all(torch.equal(loaded[name], parameters[name]) for name in parameters)
+
+
+def test_a_compiled_model_has_no_graph_break(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    y = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), y, rtol=1e-5, atol=1e-5)
+    lorank.activate(model)
+    base = compiled(x)
+    assert not torch.allclose(base, y, atol=1e-4)
+    with lorank.disabled(model):
+        torch.testing.assert_close(base, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_model_computes_the_same(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_it_works_under_autocast(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    y = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = model(x)
+        z.float().square().sum().backward()
+        with lorank.merged(model):  # the fold itself stays in float32
+            merged = model(x)
+    torch.testing.assert_close(z.float(), y, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(merged.float(), y, rtol=0.1, atol=0.1)
+    lorank.check(model)
+
+
+def test_a_base_checkpoint_loads_after_adapt(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    other = case.model()
+    result = model.load_state_dict(other.state_dict(), strict=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    with lorank.disabled(model):
+        assert torch.equal(model(x), other(x))
+
+
+def test_an_adapted_checkpoint_must_be_whole(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    y, checkpoint = model(x), bits(model)
+    lorank.reset(model)
+    model.load_state_dict(checkpoint, strict=True)
+    assert torch.equal(model(x), y)
+    checkpoint.pop(next(name for name in checkpoint if ".adapters." in name))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(checkpoint, strict=True)
+
+
+def test_a_model_can_be_adapted_on_the_meta_device(case: Case, spec: Spec) -> None:
+    reference = case.model()
+    model = copy.deepcopy(reference).to("meta")
+    plan = lorank.adapt(model, spec, case.targets)
+    assert plan.trainable_parameters == sum(p.numel() for p in lorank.adapter_parameters(model).values())
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    model.load_state_dict(reference.state_dict())
+    for name, buffer in reference.named_buffers():  # what no state dict holds
+        model.get_buffer(name).copy_(buffer)
+    lorank.reset(model)
+    x = case.inputs()
+    assert torch.equal(model(x), reference(x))
+    disturb(model)
+    assert not torch.equal(model(x), reference(x))
+
+
+def test_two_adapters_add_up_and_switch(case: Case, spec: Spec) -> None:
+    model, x = adapted(case, spec)
+    a = model(x)
+    lorank.adapt(model, lorank.LoRA(rank=2), case.targets, name="other")
+    assert lorank.active_adapters(model) == ["other"]
+    disturb(model)
+    b = model(x)
+    lorank.activate(model, "default")
+    assert torch.equal(model(x), a)
+    lorank.activate(model, "other")
+    assert torch.equal(model(x), b)
+    lorank.activate(model, "default", "other")
+    both = model(x)
+    lorank.merge(model)
+    torch.testing.assert_close(model(x), both, rtol=1e-5, atol=2e-5)
+    assert lorank.adapter_names(model) == []
+
+
+def test_a_trained_bias_belongs_to_the_adapter(case: Case, spec: Spec, tmp_path: Path) -> None:
+    if not case.has_bias:
+        with pytest.raises(lorank.AdapterError, match="finds no bias"):
+            lorank.adapt(case.model(), spec, case.targets, bias="adapted")
+        return
+    model, x = case.model(), case.inputs()
+    before = model(x)
+    lorank.adapt(model, spec, case.targets, bias="adapted")
+    assert torch.equal(model(x), before)
+    disturb(model)
+    y = model(x)
+    with lorank.disabled(model):
+        assert torch.equal(model(x), before)
+    lorank.save(model, tmp_path)
+    fresh = copy.deepcopy(model)
+    lorank.remove(fresh)
+    lorank.load(fresh, tmp_path)
+    assert torch.equal(fresh(x), y)
+    lorank.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_adapted_layers_print_what_they_carry(case: Case, spec: Spec) -> None:
+    model, _ = adapted(case, spec)
+    layer = next(iter(adapted_layers(model).values()))
+    assert isinstance(layer, Adapted)
+    assert f"rank={spec.rank}" in repr(layer)
+    assert "active=['default']" in repr(layer)
