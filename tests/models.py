@@ -1,5 +1,7 @@
 """Tiny models of real architectures, with random weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -49,7 +51,7 @@ class Plain(nn.Module):
         return self.head(x)
 
 
-def gpt2(**changes: object) -> GPT2LMHeadModel:
+def gpt2(**changes: Any) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=32,
@@ -63,8 +65,8 @@ def gpt2(**changes: object) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def llama(**changes: object) -> LlamaForCausalLM:
-    sizes: dict = {
+def llama(**changes: Any) -> LlamaForCausalLM:
+    sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -79,7 +81,7 @@ def llama(**changes: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
 
 
-_ENCODER: dict = {
+_ENCODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -90,15 +92,15 @@ _ENCODER: dict = {
 }
 
 
-def bert(**changes: object) -> BertForSequenceClassification:
+def bert(**changes: Any) -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(**(_ENCODER | changes))).eval()
 
 
-def roberta(**changes: object) -> RobertaForSequenceClassification:
+def roberta(**changes: Any) -> RobertaForSequenceClassification:
     return RobertaForSequenceClassification(RobertaConfig(**(_ENCODER | changes))).eval()
 
 
-def deberta(**changes: object) -> DebertaV2ForSequenceClassification:
+def deberta(**changes: Any) -> DebertaV2ForSequenceClassification:
     settings = _ENCODER | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
     return DebertaV2ForSequenceClassification(DebertaV2Config(**(settings | changes))).eval()
 

@@ -21,11 +21,15 @@ class Ties:
                     self._by_storage.setdefault(_storage(parameter), []).append((full_name, id(module), parameter))
 
     def others(self, layer: nn.Module, parameter: nn.Parameter) -> list[str]:
-        """Return the names under which other modules use memory of this parameter of `layer`."""
+        """Return the names under which modules outside `layer` use memory of this parameter of it."""
+        sharing = self._by_storage.get(_storage(parameter), [])
+        if len(sharing) < 2:
+            return []
+        inside = {id(module) for _, module in base_modules(layer)}
         return [
             name
-            for name, owner, other in self._by_storage.get(_storage(parameter), [])
-            if owner != id(layer) and (other is parameter or _overlap(parameter, other))
+            for name, owner, other in sharing
+            if owner not in inside and (other is parameter or _overlap(parameter, other))
         ]
 
 
