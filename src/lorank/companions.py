@@ -52,7 +52,7 @@ class BiasOffset(Adapter):
         self.value = nn.Parameter(bias.detach().to(device or bias.device, dtype, copy=True))  # (out,)
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + broadcast_bias(layer, self.value - layer.bias, y).to(y.dtype)
+        return y + broadcast_bias(layer, self.value - cast(Tensor, layer.bias), y).to(y.dtype)
 
     def reset_parameters(self, layer: nn.Module) -> None:
         self.value.data.copy_(plain_parameter(layer, "bias"))

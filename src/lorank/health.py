@@ -14,7 +14,7 @@ def check(model: nn.Module, name: str | None = None) -> list[str]:
 
     Call it after `loss.backward()` and before the gradients are cleared. On the first step one factor of each
     pair is zero, so the other's gradient is zero too and that is in order; from the second step on both must
-    move. Returns remarks that are no errors: tokens of an adapted embedding that did not occur.
+    move. Returns remarks that are no errors: how many tokens of an adapted embedding did not occur.
 
     Raises AdapterError that names every parameter without a gradient, and the likely cause.
     """
@@ -61,7 +61,7 @@ def _unseen_tokens(layer_name: str, leaf: LoRAAdapter) -> list[str]:
     if not leaf.host.lookup or leaf.A.grad is None or not leaf.B.detach().any():
         return []
     unseen = int((leaf.A.grad == 0).all(dim=0).sum())
-    return [f"{layer_name}: {unseen:,} of {leaf.A.shape[1]:,} tokens did not occur"] if unseen else []
+    return [f"{layer_name}: {unseen:,} of {leaf.A.shape[1]:,} tokens got no gradient"] if unseen else []
 
 
 def _why_no_gradient(model: nn.Module, chosen: list[str]) -> str:

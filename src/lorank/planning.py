@@ -167,10 +167,13 @@ def warn(plan: Plan, stacklevel: int = 3) -> None:
     """Emit a plan's warnings, and one for layers that a word passed over though they are no output head."""
     for text in plan.warnings:
         warnings.warn(text, AdapterWarning, stacklevel=stacklevel)
-    passed = {name: reason for name, reason in plan.left_out.items() if reason != "output head"}
-    for reason in dict.fromkeys(passed.values()):
-        layers = [name for name, why in passed.items() if why == reason]
-        warnings.warn(f"not adapted: {enumerate_names(layers, 3)}: {reason}", AdapterWarning, stacklevel=stacklevel)
+    passed: dict[str, list[str]] = {}
+    for name, reason in plan.left_out.items():
+        if reason != "output head":
+            passed.setdefault(reason, []).append(name)
+    if passed:
+        text = "; ".join(f"{enumerate_names(layers, 3)}: {reason}" for reason, layers in passed.items())
+        warnings.warn(f"not adapted: {text}", AdapterWarning, stacklevel=stacklevel)
 
 
 def name_problems(model: nn.Module, name: str) -> list[str]:

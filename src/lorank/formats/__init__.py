@@ -7,7 +7,7 @@ from torch import nn
 
 from ..adapted import require_not_folded, unwrapped
 from ..errors import AdapterError, enumerate_names
-from ..planning import Plan
+from ..planning import Plan, warn
 from ..surgery import only_adapter, require_name
 from ..targets import Names
 from . import peft
@@ -62,9 +62,11 @@ def load(
     chosen = _detect(source)
     try:
         content = chosen.read(source, Names(model))
-        return fit(model, content, name, activate=activate, allow_other_base=allow_other_base)
+        loaded = fit(model, content, name, activate=activate, allow_other_base=allow_other_base)
     except AdapterError as error:
         raise AdapterError(f"cannot load {source}: {error}") from None
+    warn(loaded)
+    return loaded
 
 
 def _detect(path: Path):

@@ -1,6 +1,5 @@
 """What an adapter file says, apart from how its format says it; taken from a model, and put on one."""
 
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import cast
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ..adapted import entries, pristine_copy, why_not_attachable
 from ..companions import BiasOffset, join, why_no_bias_offset
-from ..errors import AdapterError, AdapterWarning, did_you_mean, enumerate_names, raise_problems
+from ..errors import AdapterError, did_you_mean, enumerate_names, raise_problems
 from ..fingerprint import Comparison, Fingerprint, compare, fingerprint
 from ..hosts import FusedHost, Host, host_of, layout_of
 from ..planning import Bias, Place, Plan, name_problems, own_parameters, why_not_copyable
@@ -40,6 +39,7 @@ class Content:
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by module, its state dict
     base: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that came along
     bias: Bias = "none"
+    remarks: list[str] = field(default_factory=list)  # what a reader should warn of once the adapter is loaded
 
 
 def gather(model: nn.Module, name: str) -> Content:
@@ -122,7 +122,7 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
     problems += _base_problems(content, names)
     if not built and not problems:
         problems.append("it holds no adapter")
-    problems += _other_base(compared, allow_other_base)
+    problems += _other_base(compared, allow_other_base, content.remarks)
     raise_problems("this adapter does not fit this model", list(dict.fromkeys(problems)))
     install(model, name, built, activate=activate)
     return Plan(
@@ -134,6 +134,7 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
         bias=content.bias,
         left_out={},
         base_parameters=sum(p.numel() for p in own_parameters(model)),
+        warnings=tuple(content.remarks),
     )
 
 
@@ -242,8 +243,8 @@ def _base_problems(content: Content, names: Names) -> list[str]:
     return problems
 
 
-def _other_base(compared: dict[str, Comparison], allow_other_base: bool) -> list[str]:
-    """Warn about another dtype of the same base, and return a problem for another base."""
+def _other_base(compared: dict[str, Comparison], allow_other_base: bool, remarks: list[str]) -> list[str]:
+    """Return a problem for another base; add a remark for the same base in another dtype."""
     different = {label: c for label, c in compared.items() if not c.same}
     if different:
         label, worst = max(different.items(), key=lambda item: item[1].difference)
@@ -253,14 +254,12 @@ def _other_base(compared: dict[str, Comparison], allow_other_base: bool) -> list
         )
         if not allow_other_base:
             return [f"{text}; pass allow_other_base=True to load it all the same"]
-        warnings.warn(text, AdapterWarning, stacklevel=4)
+        remarks.append(text)
         return []
     changed = {c.dtypes for c in compared.values() if c.dtypes[0] != c.dtypes[1]}
     if changed:
         pairs = enumerate_names(f"{then} then, {now} now" for then, now in sorted(changed))
-        warnings.warn(
-            f"the base is the one this adapter was saved on in another dtype ({pairs})", AdapterWarning, stacklevel=4
-        )
+        remarks.append(f"the base is the one this adapter was saved on in another dtype ({pairs})")
     return []
 
 

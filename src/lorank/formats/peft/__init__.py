@@ -54,8 +54,9 @@ def read(path: Path, names: Names) -> Content:
         raise AdapterError(f"{folder} has no {TENSORS}{hint}")
     packed, tensors, metadata = safetensors_file.read(file)
     header = read_header(metadata, packed, file)
-    check_config(config, folder / CONFIG)
+    remarks = check_config(config, folder / CONFIG)
     content = decode(config, tensors, header, names)
     if header is not None:
         check_header(header, content, names)
+    content.remarks += remarks
     return content

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
+from ...errors import AdapterError, enumerate_names, raise_problems
 from ...planning import Bias
 from ...variants import LoRA
 from ..content import Content, LayerUpdate
@@ -127,8 +126,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse what changes the meaning of the tensors and is not supported; warn about what is not known."""
+def check_config(config: Mapping[str, Any], path: Path) -> list[str]:
+    """Refuse what changes the meaning of the tensors and is not supported; return remarks on what is not known."""
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA can be read")
@@ -147,13 +146,8 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         problems.append(f"bias is {config['bias']!r}; PEFT knows none, all and lora_only")
     raise_problems(f"cannot read {path}", problems)
-    unknown = sorted(k for k in config.keys() - _HARMLESS - _MEANINGFUL.keys() if config[k])
-    if unknown:
-        warnings.warn(
-            f"{path}: {enumerate_names(unknown)} is not known here and was ignored",
-            AdapterWarning,
-            stacklevel=5,
-        )
+    unknown = sorted(key for key in config.keys() - _HARMLESS - _MEANINGFUL.keys() if config[key])
+    return [f"{path}: {enumerate_names(unknown)} is not known here and was ignored"] if unknown else []
 
 
 def spec_of(config: Mapping[str, Any], problems: list[str]) -> LoRA:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ...errors import AdapterWarning, enumerate_names, raise_problems
+from ...errors import enumerate_names, raise_problems
 from ...hosts import FusedHost
 from ...lowrank import stack_blocks
 from ...targets import Names
@@ -94,7 +93,7 @@ def decode(
     _decode_rest(config, rest, header, names, content, problems)
     raise_problems("this adapter does not fit this model", problems)
     if header is None:
-        _warn_of_gaps(config, content, names)
+        content.remarks += _gaps(config, content, names)
     return content
 
 
@@ -159,14 +158,14 @@ def _modules_to_save(entries: list[str], rest: Mapping[str, Tensor], names: Name
     return found + sorted(absent)
 
 
-def _warn_of_gaps(config: Mapping[str, Any], content: Content, names: Names) -> None:
-    """Warn when the configuration names layers of this model for which the file has no tensors.
+def _gaps(config: Mapping[str, Any], content: Content, names: Names) -> list[str]:
+    """Return a remark when the configuration names layers of this model for which the file has no tensors.
 
     PEFT would put an untrained adapter there; the tensors decide, so lorank adapts only what is in the file.
     """
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("layers_to_transform") is not None:
-        return
+        return []
     excluded = config.get("exclude_modules") or []
     excluded = excluded if isinstance(excluded, list) else []
 
@@ -184,9 +183,6 @@ def _warn_of_gaps(config: Mapping[str, Any], content: Content, names: Names) -> 
         and not any(name == top or name.startswith(top + ".") for top in content.copies)
         and names.why_not(name) is None
     ]
-    if gaps:
-        warnings.warn(
-            f"target_modules also names {enumerate_names(gaps, 3)}, for which the file has no tensors; not adapted",
-            AdapterWarning,
-            stacklevel=6,
-        )
+    if not gaps:
+        return []
+    return [f"target_modules also names {enumerate_names(gaps, 3)}, for which the file has no tensors; not adapted"]
