@@ -51,6 +51,10 @@ class Plain(nn.Module):
         return self.head(x)
 
 
+def sequential(*layers: nn.Module) -> Any:
+    return nn.Sequential(*layers)
+
+
 def gpt2(**changes: Any) -> Any:
     config = GPT2Config(
         vocab_size=VOCABULARY,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..errors import AdapterError
 
-_LIMIT = 20_000  # instructions; {m,n} is written out
+_LIMIT = 2_000  # instructions, and pieces written to make them; {m,n} is written out
 _CLASSES: dict[str, Callable[[str], bool]] = {
     "d": str.isdecimal,
     "w": lambda c: c.isalnum() or c == "_",
@@ -26,6 +26,13 @@ class _Program:
     """Instructions: ("char", test), ("split", a, b), ("jump", a), ("start",), ("end",), ("match",)."""
 
     code: list[tuple] = field(default_factory=list)
+    pieces: int = 0
+
+    def count_piece(self) -> None:
+        """Bound the work for what is repeated and writes no instruction, such as `()`."""
+        self.pieces += 1
+        if self.pieces > 10 * _LIMIT:
+            raise AdapterError("the pattern is too long")
 
     def emit(self, *instruction: object) -> int:
         if len(self.code) >= _LIMIT:
@@ -116,15 +123,17 @@ class _Parser:
 
     def repeated(self) -> tuple:
         item = self.atom()
-        while self.peek() in ("*", "+", "?", "{"):
-            low, high = self.bounds()
-            if item[0] in ("start", "end"):
-                raise AdapterError("an anchor cannot be repeated")
-            item = ("repeat", item, low, high)
-            if self.peek() == "?":  # lazy: which match is found first makes no difference here
-                self.take()
-            elif self.peek() == "+":
-                raise AdapterError("possessive repetition is not supported")
+        if self.peek() not in ("*", "+", "?", "{"):
+            return item
+        if item[0] in ("start", "end"):
+            raise AdapterError("an anchor cannot be repeated")
+        item = ("repeat", item, *self.bounds())
+        if self.peek() == "?":  # lazy: which match is found first makes no difference here
+            self.take()
+        elif self.peek() == "+":
+            raise AdapterError("possessive repetition is not supported")
+        if self.peek() and self.peek() in "*+?{":
+            raise AdapterError("multiple repeat")
         return item
 
     def bounds(self) -> tuple[int, int | None]:
@@ -136,6 +145,8 @@ class _Parser:
         if not (low or comma) or not all(not n or (n.isascii() and n.isdecimal()) for n in (low, high)):
             raise AdapterError("a { that is no repetition must be written \\{")
         self.position = end + 1
+        if max(len(low), len(high)) > 4:
+            raise AdapterError("its repetition is out of range")
         bounds = (int(low or 0), (int(high) if high else None) if comma else int(low))
         if max(bounds[0], bounds[1] or 0) > 1000 or (bounds[1] is not None and bounds[1] < bounds[0]):
             raise AdapterError("its repetition is out of range")
@@ -148,7 +159,8 @@ class _Parser:
         if character == "[":
             return ("char", self.character_class())
         if character == "\\":
-            return ("char", self.escape())
+            escaped = self.escape()
+            return ("char", _is(escaped) if isinstance(escaped, str) else escaped)
         if character in "*+?{":
             raise AdapterError("nothing to repeat")
         return {"^": ("start",), "$": ("end",), ".": ("char", lambda c: c != "\n")}.get(character) or (
@@ -170,14 +182,20 @@ class _Parser:
         self.depth -= 1
         return tree
 
-    def escape(self) -> Test:
+    def escape(self) -> str | Test:
+        """Return the character that was escaped, or the test that a class like \\d stands for."""
         character = self.take()
         if character.lower() in _CLASSES:
             test = _CLASSES[character.lower()]
             return test if character.islower() else lambda c: not test(c)
         if character.isalnum():
             raise AdapterError(f"\\{character} is not supported")
-        return _is(character)
+        return character
+
+    def member(self) -> str | Test:
+        """Return one member of a [...]."""
+        character = self.take()
+        return self.escape() if character == "\\" else character
 
     def character_class(self) -> Test:
         negated = self.peek() == "^"
@@ -185,17 +203,15 @@ class _Parser:
             self.take()
         tests: list[Test] = []
         while self.peek() != "]" or not tests:
-            first = self.take()
-            if first == "\\":
-                tests.append(self.escape())
-            elif self.peek() == "-" and self.text[self.position + 1 : self.position + 2] not in ("]", ""):
+            first = self.member()
+            if self.peek() == "-" and self.text[self.position + 1 : self.position + 2] not in ("]", ""):
                 self.take()
-                last = self.take()
-                if last == "\\" or last < first:
-                    raise AdapterError(f"bad character range {first}-{last}")
+                last = self.member()
+                if not isinstance(first, str) or not isinstance(last, str) or last < first:
+                    raise AdapterError("bad character range")
                 tests.append(_between(first, last))
             else:
-                tests.append(_is(first))
+                tests.append(_is(first) if isinstance(first, str) else first)
         self.take()
         return lambda c: any(test(c) for test in tests) != negated
 
@@ -209,6 +225,7 @@ def _between(first: str, last: str) -> Test:
 
 
 def _write(tree: tuple, program: _Program) -> None:
+    program.count_piece()
     kind = tree[0]
     if kind == "sequence":
         for item in tree[1]:

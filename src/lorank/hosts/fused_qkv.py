@@ -140,7 +140,7 @@ def _gpt2(owner: Any, layer: Any) -> RowLayout:
 
 def _gpt_bigcode(owner: Any, layer: Any) -> RowLayout:
     if owner.is_cross_attention:
-        return consecutive(k=owner.head_dim, v=owner.head_dim)
+        raise NoHost("transformers' GPTBigCode cannot run its cross attention, so its layout is not known")
     if owner.multi_query:
         return consecutive(q=owner.embed_dim, k=owner.kv_dim, v=owner.kv_dim)
     return consecutive(owner.num_heads, q=owner.head_dim, k=owner.head_dim, v=owner.head_dim)
