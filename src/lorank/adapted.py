@@ -5,15 +5,18 @@ The layer stays the same object with the same parameters under the same names; i
 """
 
 import functools
+import inspect
 import types
+import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from .errors import AdapterError
+from .errors import AdapterError, AdapterWarning
 from .variants import Adapter
 
 
@@ -29,7 +32,7 @@ class Adapters(nn.Module):
         self.updates: tuple[str, ...] = ()  # of these, the ones added to the layer's output
         self.stand_in: str | None = None  # of these, the copy that runs instead of the layer
         self.folded: tuple[str, ...] = ()  # names that `merged` has folded into the weights for now
-        self._absent: str | None = None
+        self.absent: str | None = None  # the prefix of its keys, when the checkpoint last loaded had none of them
         self.register_load_state_dict_post_hook(_allow_base_checkpoint)
 
     @property
@@ -50,7 +53,7 @@ class Adapters(nn.Module):
         self.stand_in = copies[0] if copies else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._absent = None if any(key.startswith(prefix) for key in state_dict) else prefix
+        self.absent = None if any(key.startswith(prefix) for key in state_dict) else prefix
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -60,30 +63,53 @@ class Adapters(nn.Module):
 def _allow_base_checkpoint(adapters: nn.Module, incompatible: _IncompatibleKeys) -> None:
     """Let a checkpoint of the bare base load with strict=True: a layer it has no adapter for keeps its own.
 
-    A checkpoint that has any adapter tensor of a layer must have all of them.
+    A checkpoint that has any adapter tensor of a layer must have all of them; `require_whole_checkpoint` sees to
+    it that it has them of all layers or of none.
     """
     assert isinstance(adapters, Adapters)
-    prefix, adapters._absent = adapters._absent, None
+    prefix = adapters.absent
     if prefix is not None:
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(prefix)]
+
+
+def require_whole_checkpoint(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
+    """Report adapter keys as missing when a checkpoint has them for some layers only (a hook of `load_state_dict`)."""
+    layers = {id(module): module for _, module in base_modules(model) if isinstance(module, Adapted)}.values()
+    absent = [layer.adapters for layer in layers if layer.adapters.absent is not None]
+    if len(absent) < len(layers):
+        for adapters in absent:
+            incompatible.missing_keys.extend(f"{adapters.absent}{key}" for key in adapters.state_dict())
+    elif any(not isinstance(adapters[name], Adapter) for adapters in absent for name in adapters.names):
+        warnings.warn(
+            "a checkpoint of the base was loaded; modules that an adapter trains as a copy (train_also) keep the "
+            "values they had: call lorank.reset to start them from this base",
+            AdapterWarning,
+            stacklevel=4,
+        )
 
 
 class Adapted(nn.Module):
     """Mixed in front of a layer's class; adds the active adapters to its forward."""
 
+    carries_adapters = True
     adapters: Adapters
+    input_name: str  # of the first parameter of the base's forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = self.adapters
         if adapters.stand_in is None:
             output = super().forward(*args, **kwargs)
         else:
-            output = adapters[adapters.stand_in](*args, **kwargs)
+            output = run_copy(self, adapters[adapters.stand_in], args, kwargs)
         if adapters.updates:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            x: Tensor = args[0] if args else kwargs[self.input_name]
             for name in adapters.updates:
                 output = adapters[name](self, x, output)
         return output
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer as it is without adapters."""
+        return super().forward(*args, **kwargs)
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -93,8 +119,20 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy by the layer's own class: the mixed one is made on the fly and has no address."""
+        if self.adapters.folded:
+            raise AdapterError("cannot copy: not inside `with lorank.merged(model)`; leave the block first")
         _, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         return (_rebuild, (base_class(self), *arguments[1:]), *state)
+
+
+def run_copy(layer: nn.Module, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a copy of a layer, with its parameters rounded to the dtypes of the layer's own where they are wider."""
+    rounded = {}
+    for name, parameter in copy.named_parameters():
+        dtype = layer.get_parameter(name).dtype
+        if parameter.dtype != dtype:
+            rounded[name] = parameter.to(dtype)
+    return torch.func.functional_call(copy, rounded, args, kwargs) if rounded else copy(*args, **kwargs)
 
 
 def _rebuild(base: type[nn.Module], *arguments: Any) -> nn.Module:
@@ -104,7 +142,9 @@ def _rebuild(base: type[nn.Module], *arguments: Any) -> nn.Module:
 @functools.cache
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `base` whose instances carry adapters."""
-    return type(f"Adapted{base.__name__}", (Adapted, base), {"__module__": __name__, "__doc__": base.__doc__})
+    parameters = list(inspect.signature(base.forward).parameters)
+    namespace = {"__module__": __name__, "__doc__": base.__doc__, "input_name": parameters[1] if parameters[1:] else ""}
+    return type(f"Adapted{base.__name__}", (Adapted, base), namespace)
 
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
@@ -145,10 +185,16 @@ def why_not_attachable(layer: nn.Module) -> str | None:
     """Return why a layer's class cannot be swapped; None when it can."""
     if isinstance(layer, Adapted):
         return None
-    if hasattr(layer, "adapters"):
+    if "adapters" in layer.__dict__ or "adapters" in layer._modules or hasattr(type(layer), "adapters"):
         return "it has an attribute `adapters` of its own, which is where lorank would keep its adapters"
     if "forward" in layer.__dict__ and not (_bound_to(layer, "forward") or _bound_to(layer, "_old_forward")):
         return "its `forward` was replaced on the instance, so that an adapter on the layer would never run"
+    if hasattr(layer, "_hf_hook") and any(p.is_meta for p in layer._parameters.values() if p is not None):
+        return "accelerate has offloaded its weights; adapt the model before it is dispatched"
+    try:
+        adapted_class(type(layer))
+    except (TypeError, ValueError) as error:
+        return f"{type(layer).__name__} cannot be subclassed: {error}"
     return None
 
 
@@ -172,15 +218,29 @@ def _redirect(layer: nn.Module, old: Any, new: Any) -> None:
             layer.__dict__[attribute] = types.MethodType(new, layer)
 
 
+# The hooks of a module itself. They run for the layer, so its copy, which runs in the layer's forward, has none.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+
+
 def pristine_copy(module: nn.Module) -> nn.Module:
-    """Return a trainable deep copy of a module's base, without adapters that others have put on it."""
+    """Return a trainable deep copy of a module's base, without adapters that others have put on it.
+
+    Parameters of a half-precision base are kept in float32, in which small steps are not rounded away.
+    """
     copy: nn.Module
     if isinstance(module, Adapted):
         copy = deepcopy(module, {id(module.adapters): nn.Module()})  # a stand-in, so that no adapter is copied
         _restore_class(copy)
     else:
         copy = deepcopy(module)
+    for hooks in _HOOKS:
+        copy.__dict__[hooks] = type(copy.__dict__[hooks])()
     for parameter in copy.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return copy
 
@@ -197,13 +257,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) for every module of the model and every name it goes by, but not the adapters."""
+    """Yield (name, module) for every module of the model and every name it goes by, but not the adapters.
+
+    `torch.compile`'s wrapper around a part of the model adds nothing to the names of what lies in it.
+    """
 
     def walk(name: str, module: nn.Module, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         above = above | {id(module)}
         for child_name, child in module._modules.items():
-            if child is not None and not isinstance(child, Adapters) and id(child) not in above:
+            if child is None or isinstance(child, Adapters) or id(child) in above:
+                continue
+            if child_name == "_orig_mod":
+                yield from walk(name, child, above)
+            else:
                 yield from walk(f"{name}.{child_name}" if name else child_name, child, above)
 
     return walk("", model, frozenset())

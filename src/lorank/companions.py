@@ -6,9 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .adapted import base_class
-from .hosts import NoHost, has_host, plain_parameter
-from .variants import Adapter
+from .hosts import NoHost, has_host, host_of, overrides_forward, plain_parameter
+from .variants import Adapter, materialised, on_device_of
 
 # Layers whose output is f(x) + bias, with the dimensions of the output that come after the bias's own.
 _TRAILING = {
@@ -43,23 +42,28 @@ class Parts(Adapter):
 
 
 class BiasOffset(Adapter):
-    """A trained bias in place of the layer's own: y + (value − bias). The layer's own stays as it is."""
+    """A trained change of the layer's bias, added to its output. The layer's own bias stays as it is.
 
-    def __init__(self, layer: nn.Module, device: torch.device | None = None):
+    An offset and not a value, so that several adapters add up, and that loading or merging another base under it
+    does not change what was trained.
+    """
+
+    def __init__(self, layer: nn.Module):
         super().__init__()
         bias = plain_parameter(layer, "bias")
         dtype = torch.promote_types(bias.dtype, torch.float32)
-        self.value = nn.Parameter(bias.detach().to(device or bias.device, dtype, copy=True))  # (out,)
+        self.offset = nn.Parameter(torch.zeros(bias.shape, device=bias.device, dtype=dtype))  # (out,)
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + broadcast_bias(layer, self.value - cast(Tensor, layer.bias), y).to(y.dtype)
+        return y + broadcast_bias(layer, materialised(self.offset, y), y).to(y.dtype)
 
     def reset_parameters(self, layer: nn.Module) -> None:
-        self.value.data.copy_(plain_parameter(layer, "bias"))
+        self.offset = on_device_of(self.offset, plain_parameter(layer, "bias"))
+        nn.init.zeros_(self.offset)
 
-    def delta_bias(self, layer: nn.Module) -> Tensor:
-        """Return value − bias in float32, (out,)."""
-        return self.value.detach() - plain_parameter(layer, "bias").detach()
+    def value(self, layer: nn.Module) -> Tensor:
+        """Return the whole trained bias, (out,), in the offset's dtype."""
+        return plain_parameter(layer, "bias").detach() + self.offset.detach()
 
 
 def join(parts: Mapping[str, Adapter]) -> Adapter:
@@ -71,9 +75,12 @@ def why_no_bias_offset(layer: nn.Module) -> str | None:
     """Return why the layer's bias cannot be trained by an offset of its output; None when it can."""
     try:
         plain_parameter(layer, "bias")
+        if has_host(layer):
+            host_of(layer)
+            return None
     except NoHost as error:
         return str(error)
-    if has_host(layer) or _trailing_dimensions(layer, 1) is not None:
+    if _trailing_dimensions(layer, 1) is not None:
         return None
     return f"lorank does not know how {type(layer).__name__} applies its bias"
 
@@ -87,13 +94,8 @@ def broadcast_bias(layer: nn.Module, bias: Tensor, y: Tensor) -> Tensor:
 def _trailing_dimensions(layer: nn.Module, output_dimensions: int) -> int | None:
     for kind, trailing in _TRAILING.items():
         if isinstance(layer, kind):
-            return trailing if _keeps_forward(layer, kind) else None
-    if isinstance(layer, _CHANNEL_SECOND):
-        return max(output_dimensions - 2, 0)
+            return None if overrides_forward(layer, kind) else trailing
+    for kind in _CHANNEL_SECOND:
+        if isinstance(layer, kind):
+            return None if overrides_forward(layer, kind) else max(output_dimensions - 2, 0)
     return None
-
-
-def _keeps_forward(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether no subclass between the layer's class and `kind` has a forward of its own."""
-    mro = base_class(layer).__mro__
-    return not any("forward" in vars(cls) for cls in mro[: mro.index(kind)])

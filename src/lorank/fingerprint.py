@@ -27,7 +27,7 @@ class Fingerprint:
     @staticmethod
     def from_json(fields: dict[str, str]) -> "Fingerprint":
         samples = array("f", base64.b64decode(fields["samples"]))
-        return Fingerprint(fields["dtype"], torch.tensor(samples.tolist()))
+        return Fingerprint(fields["dtype"], torch.tensor(samples.tolist(), dtype=torch.float32, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def compare(then: Fingerprint, W: Tensor) -> Comparison:
 
 def _sample(W: Tensor) -> Tensor:
     # Multiples of two irrational numbers, modulo 1, spread evenly over rows and columns of any shape.
-    count = torch.arange(1, SAMPLES + 1, dtype=torch.float64)
+    count = torch.arange(1, SAMPLES + 1, dtype=torch.float64, device="cpu")
     rows = (count * 0.6180339887498949 % 1 * W.shape[0]).long()
     columns = (count * 0.7548776662466927 % 1 * W.shape[1]).long()
     return W.detach()[rows.to(W.device), columns.to(W.device)].float().cpu()

@@ -9,12 +9,14 @@ from .surgery import adapter_parameters, named_or_active
 from .variants import Adapter, LoRAAdapter
 
 
-def check(model: nn.Module, name: str | None = None) -> list[str]:
+def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> list[str]:
     """Raise unless every parameter of the active adapters got a finite, non-zero gradient.
 
-    Call it after `loss.backward()` and before the gradients are cleared. On the first step one factor of each
-    pair is zero, so the other's gradient is zero too and that is in order; from the second step on both must
-    move. Returns remarks that are no errors: how many tokens of an adapted embedding did not occur.
+    Call it after `loss.backward()` and before the gradients are cleared; in the body of `lorank.train` they are
+    there. On the first step one factor of each pair is zero, so the other's gradient is zero too, and that is in
+    order. With `moved=True`, after a few optimiser steps, every factor must have a gradient: a pair of which one
+    still has none never left its start. Returns remarks that are no errors: how many tokens of an adapted
+    embedding did not occur.
 
     Raises AdapterError that names every parameter without a gradient, and the likely cause.
     """
@@ -25,12 +27,13 @@ def check(model: nn.Module, name: str | None = None) -> list[str]:
     parameters = {key: p for adapter in chosen for key, p in adapter_parameters(model, adapter).items()}
     if all(parameter.grad is None for parameter in parameters.values()):
         raise AdapterError("cannot check: " + _why_no_gradient(model, chosen))
-    idle: set[int] = set()  # parameters whose zero gradient is explained by a zero partner
+    idle: set[int] = set()  # factors that may stand still, because their partner moves first
     for adapter in chosen:
         for layer_name, (_, entry) in entries(model, adapter).items():
             for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
                 if isinstance(leaf, LoRAAdapter):
-                    idle |= {id(a) for a, b in ((leaf.A, leaf.B), (leaf.B, leaf.A)) if not b.detach().any()}
+                    if not moved:
+                        idle |= {id(a) for a, b in ((leaf.A, leaf.B), (leaf.B, leaf.A)) if _has_gradient(b)}
                     remarks += _unseen_tokens(layer_name, leaf)
     for key, parameter in parameters.items():
         problem = _gradient_problem(parameter, idle=id(parameter) in idle)
@@ -55,6 +58,10 @@ def _gradient_problem(parameter: Tensor, idle: bool) -> str | None:
     if not idle and not gradient.any():
         return "has a gradient of zeros"
     return None
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def _unseen_tokens(layer_name: str, leaf: LoRAAdapter) -> list[str]:

@@ -20,7 +20,7 @@ from .adapted import (
 )
 from .companions import BiasOffset
 from .errors import AdapterWarning, raise_problems
-from .hosts import FusedHost, Host, plain_parameter
+from .hosts import FusedHost, Host, NoHost, host_of, plain_parameter
 from .surgery import named_or_active, set_active, thaw_base, why_not_together
 from .ties import Ties
 from .variants import Adapter, LoRAAdapter, Update
@@ -60,8 +60,9 @@ class MergeReport:
             ordered = sorted(self.rows, key=lambda row: -row.relative_error)
             lines.append("relative error of the update after rounding, worst first:")
             for row in ordered[:5]:
-                dtype = str(row.dtype).removeprefix("torch.")
-                lines.append(f"  {row.relative_error:9.2e}  {row.label} ({dtype}, update norm {row.update_norm:.3g})")
+                lines.append(
+                    f"  {row.relative_error:9.2e}  {row.label} ({_name(row.dtype)}, update norm {row.update_norm:.3g})"
+                )
             if len(ordered) > 5:
                 lines.append(
                     f"  and {len(ordered) - 5} more, the median {ordered[len(ordered) // 2].relative_error:.2e}"
@@ -116,10 +117,9 @@ def merge(model: nn.Module, name: str | None = None) -> MergeReport:
     report = MergeReport(tuple(names), tuple(rows), tuple(job.name for job in jobs if job.stand_in is not None))
     worst = report.worst
     if worst is not None and worst.relative_error > _LOUD_ERROR:
-        dtype = str(worst.dtype).removeprefix("torch.")
         warnings.warn(
-            f"rounding to {dtype} lost {worst.relative_error:.0%} of the update of {worst.label}; merge into a float32 "
-            "base, or keep the adapter unmerged",
+            f"rounding to {_name(worst.dtype)} lost {worst.relative_error:.0%} of the update of {worst.label}; merge "
+            "into a float32 base, or keep the adapter unmerged",
             AdapterWarning,
             stacklevel=2,
         )
@@ -185,12 +185,16 @@ def _job_problems(job: _Job, ties: Ties) -> list[str]:
     problems = []
     for parameter in job.written():
         others = ties.others(job.layer, parameter) if isinstance(parameter, nn.Parameter) else []
+        if parameter is job.layer._parameters.get("bias"):  # a head's own bias is often registered above it too
+            others = [name for name in others if not job.name.startswith(f"{name.rpartition('.')[0]}.")]
         if others:
             problems.append(
                 f"{job.name} shares its weight with {', '.join(others)}, which merging would change too. Give it one "
                 "of its own first, `layer.weight = torch.nn.Parameter(layer.weight.detach().clone())`, and on a "
                 "transformers model set `config.tie_word_embeddings = False`; or keep the adapter unmerged"
             )
+        if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+            problems.append(f"{job.name} has an expanded weight, of which one number stands for many")
         if parameter.device.type == "meta":
             problems.append(f"{job.name} is on the meta device; load its weights first")
         elif isinstance(parameter, nn.Parameter) and not torch.isfinite(parameter).all():
@@ -205,12 +209,25 @@ def _job_problems(job: _Job, ties: Ties) -> list[str]:
                 )
             elif not torch.isfinite(parameter).all():
                 problems.append(f"the adapter's {parameter_name} at {job.name} holds NaN or Inf")
+    used = ties.used_outside(job.name, job.layer) if job.stand_in is not None else []
+    if used:
+        problems.append(f"modules in {job.name} are also used as {', '.join(used)}, which merging would change too")
+    try:
+        if job.updates:
+            host_of(job.layer)  # a subclass that was adapted on the meta device could not be looked at before
+    except NoHost as error:
+        problems.append(f"{job.name}: {error}")
     return problems or _overflows(job)
 
 
 def _overflows(job: _Job) -> list[str]:
-    """Return a problem for each part that the weight's dtype (float16, in practice) could not hold."""
+    """Return a problem for each tensor that the layer's dtype (float16, in practice) could not hold."""
     problems = []
+    if job.offsets:
+        bias = plain_parameter(job.layer, "bias")
+        total = sum((offset.offset for offset in job.offsets), _wide(bias))
+        if not torch.isfinite(total.to(bias.dtype)).all():
+            problems.append(f"{job.name}: the merged bias is too large for {_name(bias.dtype)}")
     for part, updates in job.updates.items():
         W = updates[0].host.matrix(job.layer, part)
         limit = torch.finfo(W.dtype).max
@@ -221,8 +238,7 @@ def _overflows(job: _Job) -> list[str]:
             continue
         if not torch.isfinite((_wide(W) + _delta(job, part)).to(W.dtype)).all():
             problems.append(
-                f"{job.name}: W + ΔW is too large for {str(W.dtype).removeprefix('torch.')}; merge into a bfloat16 or "
-                "float32 base"
+                f"{job.name}: W + ΔW is too large for {_name(W.dtype)}; merge into a bfloat16 or float32 base"
             )
     return problems
 
@@ -245,7 +261,7 @@ def _fold(job: _Job) -> list[MergeRow]:
         trained = dict(_base_tensors(job.stand_in))
         for name, tensor in _base_tensors(job.layer):
             tensor.data.copy_(trained[name])
-    rows = []
+    rows: list[MergeRow] = []
     for part, updates in job.updates.items():
         host: Host = updates[0].host
         before = _wide(host.matrix(job.layer, part)).clone()
@@ -256,7 +272,7 @@ def _fold(job: _Job) -> list[MergeRow]:
     if job.offsets:
         bias = plain_parameter(job.layer, "bias")
         before = _wide(bias).clone()
-        update = sum((offset.delta_bias(job.layer) for offset in job.offsets), torch.zeros_like(before))
+        update = sum((offset.offset.detach() for offset in job.offsets), torch.zeros_like(before))
         bias.data.copy_(before + update)
         rows.append(_row(f"{job.name}.bias", before, update, bias))
     return rows
@@ -266,6 +282,10 @@ def _row(label: str, before: Tensor, update: Tensor, after: Tensor) -> MergeRow:
     norm = float(torch.linalg.vector_norm(update))
     lost = float(torch.linalg.vector_norm(_wide(after) - before - update))
     return MergeRow(label, after.dtype, norm, lost / norm if norm else 0.0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -3,17 +3,18 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from .adapted import Adapted, Adapters, adapter_names, base_modules, unwrapped, why_not_attachable
 from .companions import why_no_bias_offset
 from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
-from .hosts import FusedHost, Host, NoHost, host_of, layout_of
+from .hosts import FusedHost, Host, NoHost, host_of, layout_of, overrides_forward
 from .targets import Names, Selection, Targets, find_modules, parse_parts, select
 from .variants import Spec
 
@@ -65,7 +66,7 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         """Numbers that would be trained: factors, copies and biases."""
-        copies = sum(p.numel() for module in self.copies.values() for p in own_parameters(module))
+        copies = sum(count(own_parameters(module)) for module in self.copies.values())
         biases = sum(module.get_parameter("bias").numel() for module in self.biases.values())
         return sum(place.parameters for place in self.places) + copies + biases
 
@@ -86,7 +87,7 @@ class Plan:
                 type(module).__name__,
                 "",
                 "trained whole, as a copy",
-                sum(p.numel() for p in own_parameters(module)),
+                count(own_parameters(module)),
             )
         for name, module in self.biases.items():
             bias = module.get_parameter("bias")
@@ -128,9 +129,16 @@ def plan(
     Works on the meta device. Arguments and errors are those of `adapt`.
     """
     model = unwrapped(model)
+    if not isinstance(spec, Spec):
+        raise AdapterError(f"cannot adapt: the spec is {spec!r}; give one such as lorank.LoRA(rank=8)")
     names = Names(model)
     selection = select(model, targets, names)
     problems = name_problems(model, name) + selection.problems
+    for option, value in (("ranks", ranks), ("alphas", alphas)):
+        if value is not None and not isinstance(value, Mapping):
+            raise AdapterError(f"cannot adapt: {option} is {value!r}; give {{pattern: value}}")
+    if not isinstance(train_also, str | Sequence):
+        raise AdapterError(f"cannot adapt: train_also is {train_also!r}; give names of modules")
     notes: list[str] = []
 
     copies = _find_copies(train_also, names, selection, problems)
@@ -145,6 +153,7 @@ def plan(
                 f"{place.label}: rank {place.spec.rank} is above the layer's own, {limit}; the update cannot use more"
             )
     biases = _find_biases(bias, names, selection, copies, problems)
+    notes += _moving_statistics(names, copies)
     for layer_name in [*selection.layers, *copies, *biases]:
         reason = why_not_attachable(names.modules[layer_name])
         if reason:
@@ -158,7 +167,7 @@ def plan(
         biases=biases,
         bias=bias,
         left_out=selection.left_out,
-        base_parameters=sum(p.numel() for p in own_parameters(model)),
+        base_parameters=count(own_parameters(model)),
         warnings=tuple(notes),
     )
 
@@ -194,6 +203,11 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module without those of adapters, each once."""
     found = {id(p): p for _, m in base_modules(module) for p in m._parameters.values() if p is not None}
     return list(found.values())
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """Return how many numbers parameters hold; those of a lazy module that has not seen an input count nothing."""
+    return sum(p.numel() for p in parameters if not isinstance(p, UninitializedParameter))
 
 
 def _specs_by_layer(
@@ -249,24 +263,60 @@ def _places(name: str, parts: tuple[str, ...] | None, spec: Spec, names: Names, 
         return []
 
 
+def _moving_statistics(names: Names, copies: Mapping[str, nn.Module]) -> list[str]:
+    """Return a warning for buffers that training moves in the base itself: they are neither frozen nor saved."""
+    moving = [
+        name
+        for name, module in names.modules.items()
+        if getattr(module, "track_running_stats", False) and module.training and not _lies_in(name, copies)
+    ]
+    if not moving:
+        return []
+    return [
+        f"{enumerate_names(moving, 3)}: training moves the running statistics of the base, and they are not saved with "
+        "the adapter; put these modules in eval mode, or name them in train_also"
+    ]
+
+
+def _lies_in(name: str, tops: Iterable[str]) -> bool:
+    return any(name == top or name.startswith(top + ".") for top in tops)
+
+
 def _find_copies(
     train_also: str | Sequence[str], names: Names, selection: Selection, problems: list[str]
 ) -> dict[str, nn.Module]:
-    copies: dict[str, nn.Module] = {}
+    found: dict[str, str] = {}
     for pattern in [train_also] if isinstance(train_also, str) else train_also:
-        found, problem = find_modules(pattern, names)
+        matched, problem = find_modules(pattern, names)
         if problem:
             problems.append(f"train_also {problem}")
-        for name in found:
-            reason = why_not_copyable(name, names, set(selection.layers))
-            if reason:
-                problems.append(f"train_also '{pattern}': {reason}")
-            copies[name] = names.modules[name]
-    for name in list(copies):
-        above = next((other for other in copies if name.startswith(other + ".")), None)
+        found.update(dict.fromkeys(matched, pattern))
+    for name in found:
+        above = next((other for other in found if name.startswith(other + ".")), None)
         if above:
             problems.append(f"train_also names {above} and {name}, which lies in it")
+    copies: dict[str, nn.Module] = {}
+    for name, pattern in found.items():
+        for part in copyable_parts(name, names):
+            reason = why_not_copyable(part, names, set(selection.layers))
+            if reason:
+                problems.append(f"train_also '{pattern}': {reason}")
+            copies[part] = names.modules[part]
     return copies
+
+
+def copyable_parts(name: str, names: Names) -> list[str]:
+    """Return the modules to copy for a module: itself, or what has parameters in it when it is a plain sequence.
+
+    A sequence runs whatever lies in it, so that nothing can be put beside its members.
+    """
+    module = names.modules[name]
+    if not isinstance(module, nn.Sequential) or overrides_forward(module, nn.Sequential) or not name:
+        return [name]
+    members = [f"{name}.{child}" for child in module._modules if child != "adapters"]
+    return [
+        part for member in members if own_parameters(names.modules[member]) for part in copyable_parts(member, names)
+    ]
 
 
 def why_not_copyable(name: str, names: Names, adapted: set[str]) -> str | None:
@@ -276,7 +326,14 @@ def why_not_copyable(name: str, names: Names, adapted: set[str]) -> str | None:
         return "that is the whole model; for full fine-tuning no adapter is needed"
     if not own_parameters(module):
         return f"{name} has no parameters"
-    inside = [layer for layer in adapted if layer == name or layer.startswith(name + ".")]
+    unread = names.why_unread(name)
+    if unread:
+        return f"{name}: {unread}"
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict | nn.Sequential):
+        return f"{name} is a {type(module).__name__}, which runs whatever lies in it; name the modules in it"
+    if name in adapted:
+        return f"{name} would be adapted and trained whole at once"
+    inside = [layer for layer in adapted if layer.startswith(name + ".")]
     if inside:
         return f"{name} contains {enumerate_names(sorted(inside), 3)}, which would be adapted; exclude with '!{name}'"
     already = [n for n, m in names.modules.items() if n.startswith(name + ".") and isinstance(m, Adapted)]
@@ -298,10 +355,15 @@ def _find_biases(
     refused: dict[str, str] = {}
     for name in candidates:
         module = names.modules[name]
-        in_copy = any(name == top or name.startswith(top + ".") for top in copies)
-        if module._parameters.get("bias") is None or in_copy or name in selection.excluded:
+        if _lies_in(name, copies) or name in selection.excluded:
             continue
-        reason = why_no_bias_offset(module)
+        if bias == "all":
+            others = [key for key, p in module._parameters.items() if p is not None and "bias" in key and key != "bias"]
+            if others:
+                problems.append(f"bias='all' cannot train {name}.{others[0]}; exclude it with '!{name}'")
+        if module._parameters.get("bias") is None:
+            continue
+        reason = names.why_unread(name) or why_no_bias_offset(module)
         if reason is not None:
             refused[name] = reason
         elif names.canonical[name] == name:

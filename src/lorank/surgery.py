@@ -8,7 +8,6 @@ from torch import nn
 
 from . import planning
 from .adapted import (
-    Adapted,
     active_adapters,
     adapted_layers,
     adapter_names,
@@ -18,6 +17,7 @@ from .adapted import (
     entries,
     pristine_copy,
     require_not_folded,
+    require_whole_checkpoint,
     unwrapped,
     why_not_detachable,
 )
@@ -25,7 +25,7 @@ from .companions import BiasOffset, join
 from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
 from .planning import Bias, Plan
 from .targets import Targets
-from .variants import Adapter, Spec
+from .variants import Adapter, Spec, on_device_of
 
 # Where a model keeps the names of the parameters that `adapt` froze, to thaw them when the last adapter goes.
 _FROZEN = "_frozen_by_lorank"
@@ -62,25 +62,44 @@ def adapt(
     """
     model = unwrapped(model)
     require_not_folded(model, "cannot adapt")
+    require_no_inference_mode("cannot adapt")
     made = planning.plan(model, spec, targets, name, ranks=ranks, alphas=alphas, train_also=train_also, bias=bias)
     parts: dict[str, dict[str, Adapter]] = {}
     for place in made.places:
         parts.setdefault(place.name, {})[place.part] = place.spec.build(place.host, place.layer, place.part)
     for layer_name, layer in made.biases.items():
         parts.setdefault(layer_name, {})["bias"] = BiasOffset(layer)
+    layers = {place.name: place.layer for place in made.places} | made.biases | made.copies
     built: dict[str, nn.Module] = {layer_name: join(adapters) for layer_name, adapters in parts.items()}
-    built.update({module_name: pristine_copy(module) for module_name, module in made.copies.items()})
-    install(model, name, built, activate=activate)
+    for module_name, module in made.copies.items():
+        try:
+            built[module_name] = pristine_copy(module)
+        except (RuntimeError, TypeError) as error:
+            raise AdapterError(f"cannot adapt: train_also: {module_name} cannot be copied: {error}") from error
+    install(model, name, [(layers[layer_name], entry) for layer_name, entry in built.items()], activate=activate)
     planning.warn(made)
     return made
 
 
-def install(model: nn.Module, name: str, built: Mapping[str, nn.Module], *, activate: bool) -> None:
-    """Freeze the base and attach finished adapters, {layer name: entry}."""
-    layers = {layer_name: model.get_submodule(layer_name) for layer_name in built}
+def require_no_inference_mode(action: str) -> None:
+    """Raise AdapterError where parameters that are made could never be trained."""
+    if torch.is_inference_mode_enabled():
+        raise AdapterError(f"{action}: not under torch.inference_mode, in which no trainable parameter can be made")
+
+
+def install(model: nn.Module, name: str, built: Sequence[tuple[nn.Module, nn.Module]], *, activate: bool) -> None:
+    """Freeze the base and attach finished adapters, (layer, entry). If that fails, nothing has changed."""
+    attached: list[nn.Module] = []
     freeze_base(model)
-    for layer_name, entry in built.items():
-        attach(layers[layer_name], name, entry)
+    try:
+        for layer, entry in built:
+            attach(layer, name, entry)
+            attached.append(layer)
+    except BaseException:
+        for layer in attached:
+            detach(layer, name)
+        thaw_base(model)
+        raise
     if activate:
         set_active(model, (name,))
 
@@ -92,17 +111,25 @@ def freeze_base(model: nn.Module) -> None:
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 parameter.requires_grad_(False)
-                frozen.append(f"{module_name}.{parameter_name}" if module_name else parameter_name)
-    model.__dict__[_FROZEN] = frozen
+                frozen.append(f"{module_name}.{parameter_name}")
+    if _FROZEN not in model.__dict__:
+        model.__dict__[_FROZEN] = frozen
+        model.register_load_state_dict_post_hook(require_whole_checkpoint)
 
 
 def thaw_base(model: nn.Module) -> None:
     """Let gradients run again where `freeze_base` stopped them, wherever no adapter is left."""
-    for _, module in base_modules(model):
-        if _FROZEN in module.__dict__ and not adapted_layers(module):
-            for name in module.__dict__.pop(_FROZEN):
-                owner, _, parameter_name = name.rpartition(".")
-                module.get_submodule(owner).get_parameter(parameter_name).requires_grad_(True)
+    for _, root in base_modules(model):
+        if _FROZEN not in root.__dict__ or adapted_layers(root):
+            continue
+        frozen = set(root.__dict__.pop(_FROZEN))
+        for module_name, module in base_modules(root):
+            for parameter_name, parameter in module._parameters.items():
+                if parameter is not None and f"{module_name}.{parameter_name}" in frozen:
+                    parameter.requires_grad_(True)
+        hooks = root._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is require_whole_checkpoint]:
+            del hooks[key]
 
 
 def reset(model: nn.Module, name: str | None = None) -> None:
@@ -118,7 +145,22 @@ def reset(model: nn.Module, name: str | None = None) -> None:
                 with torch.no_grad():
                     entry.reset_parameters(layer)
             else:
-                entry.load_state_dict(pristine_copy(layer).state_dict())
+                _copy_tensors(layer, entry)
+
+
+def _copy_tensors(layer: nn.Module, copy: nn.Module) -> None:
+    """Give a copy the values of the module it was made of, in place; what is on the meta device is made anew."""
+    own = dict(base_modules(layer))
+    for name, module in base_modules(copy):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                source = own[name].get_parameter(key)
+                module._parameters[key] = on_device_of(parameter, source)
+                module.get_parameter(key).data.copy_(source)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                source = own[name].get_buffer(key)
+                module._buffers[key] = source.clone() if buffer.is_meta else buffer.copy_(source)
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -153,14 +195,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Run the base inside the block, with its own heads and biases; afterwards the same adapters are active."""
     model = unwrapped(model)
     require_not_folded(model, "cannot disable adapters")
-    before = {id(layer): (layer, layer.adapters.active) for layer in adapted_layers(model).values()}
+    before = tuple(active_adapters(model))
     set_active(model, ())
     try:
         yield
     finally:
-        for layer, active in before.values():
-            if isinstance(layer, Adapted):  # the block may have removed an adapter
-                layer.adapters.activate(active)
+        set_active(model, before)  # an adapter that the block removed is no longer among them
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
@@ -191,7 +231,8 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     for chosen in named_or_active(model, name, "list the parameters"):
         for layer_name, (_, entry) in entries(model, chosen).items():
             prefix = f"{layer_name}.adapters.{chosen}" if layer_name else f"adapters.{chosen}"
-            found.update({f"{prefix}.{key}": parameter for key, parameter in entry.named_parameters()})
+            named = entry.named_parameters()
+            found.update({f"{prefix}.{key}": p for key, p in named if p.is_floating_point() or p.is_complex()})
     return found
 
 

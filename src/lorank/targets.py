@@ -11,7 +11,7 @@ lambda name, layer: ...  a function
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -78,10 +78,17 @@ class Names:
                 counts[ending] = counts.get(ending, 0) + 1
         return sorted(counts, key=lambda ending: -counts[ending])
 
+    def why_unread(self, name: str) -> str | None:
+        """Return why a change of the module of this name would have no effect; None when it would have one."""
+        above = []
+        while name:
+            name = name.rpartition(".")[0]
+            above.append(self.modules[name])
+        return read_without_call(above)
+
     def why_not(self, name: str) -> str | None:
         """Return why the layer of this name cannot be adapted; None when it can."""
-        parent, child = self.parent(name)
-        reason = read_without_call(parent, child) if parent is not None else None
+        reason = self.why_unread(name)
         if reason is None:
             try:
                 host_of(self.modules[name])
@@ -103,14 +110,25 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
     """Find the layers that targets select. Problems are collected, not raised."""
     selection = Selection()
-    wanted: list[Target] = [targets] if isinstance(targets, str) or callable(targets) else list(targets)
+    if isinstance(targets, str) or callable(targets):
+        wanted: list[Target] = [targets]
+    elif isinstance(targets, Iterable):
+        wanted = list(targets)
+    else:
+        selection.problems.append(f"targets are {targets!r}; give a name, a function, or a list of these")
+        return selection
     if not wanted:
         selection.problems.append("no targets were given")
     for target in wanted:
         if isinstance(target, str) and target.startswith("!"):
             _exclude(target, names, selection)
     for target in wanted:
-        if callable(target):
+        if isinstance(target, type):
+            selection.problems.append(
+                f"target {target.__name__} is a class; select its layers with "
+                f"lambda name, layer: isinstance(layer, {target.__name__})"
+            )
+        elif callable(target):
             _select_by_function(target, names, selection)
         elif not isinstance(target, str):
             selection.problems.append(f"target {target!r} is neither a string nor a function (name, layer) -> bool")
@@ -194,7 +212,7 @@ def _select_by_name(target: str, names: Names, selection: Selection) -> None:
     chosen = [name for name in found if has_host(names.modules[name])] if is_pattern else found
     chosen = [name for name in chosen if name not in selection.excluded]
     if not chosen and not (found and selection.excluded.issuperset(found)):
-        endings = names.endings(has_host)
+        endings = [*names.endings(has_host), "all-linear", "attention"]
         selection.problems.append(
             f"target '{target}' selects no layer; {did_you_mean(pattern, endings, 'layers here end in')}"
         )

@@ -10,8 +10,9 @@ class Ties:
 
     def __init__(self, model: nn.Module):
         self._by_storage: dict[tuple[object, int], list[tuple[str, int, nn.Parameter]]] = {}
+        self._modules = list(base_modules(model))
         seen: set[int] = set()
-        for module_name, module in base_modules(model):
+        for module_name, module in self._modules:
             if id(module) in seen:  # one module under two names is not a tie
                 continue
             seen.add(id(module))
@@ -19,6 +20,11 @@ class Ties:
                 if parameter is not None:
                     full_name = f"{module_name}.{name}" if module_name else name
                     self._by_storage.setdefault(_storage(parameter), []).append((full_name, id(module), parameter))
+
+    def used_outside(self, name: str, layer: nn.Module) -> list[str]:
+        """Return the names outside the layer `name` by which modules that lie in it are reached too."""
+        inside = {id(module) for _, module in base_modules(layer)} - {id(layer)}
+        return [other for other, module in self._modules if id(module) in inside and not other.startswith(f"{name}.")]
 
     def others(self, layer: nn.Module, parameter: nn.Parameter) -> list[str]:
         """Return the names under which modules outside `layer` use memory of this parameter of it."""

@@ -278,7 +278,7 @@ def test_a_trained_bias_belongs_to_the_adapter(case: Case, spec: Spec, tmp_path:
     fresh = copy.deepcopy(model)
     lorank.remove(fresh)
     lorank.load(fresh, tmp_path)
-    assert torch.equal(fresh(x), y)
+    torch.testing.assert_close(fresh(x), y, rtol=1e-6, atol=1e-6)  # the file holds bias + offset, rounded
     lorank.merge(model)
     torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
 

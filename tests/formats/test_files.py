@@ -51,7 +51,7 @@ def edit_config(folder: Path, **changes: object) -> None:
     (folder / CONFIG).write_text(json.dumps(config | changes))
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], keep_header: bool = False) -> None:
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], keep_header: bool = False) -> None:
     """Change the tensors of a file; lorank's header is dropped, or kept as it was."""
     with safe_open(folder / TENSORS, "pt") as file:
         metadata = file.metadata()
@@ -93,7 +93,8 @@ def test_equal_adapters_make_equal_bytes_in_every_process(tmp_path: Path) -> Non
         from tests import models
         torch.manual_seed(0)
         model = models.gpt2()
-        lorank.adapt(model, lorank.LoRA(rank=2), ["c_attn[q,v]", "c_fc"], train_also=["lm_head"], bias="all", ranks={"c_fc": 3})
+        spec, targets = lorank.LoRA(rank=2), ["c_attn[q,v]", "c_fc"]
+        lorank.adapt(model, spec, targets, train_also=["lm_head"], bias="all", ranks={"c_fc": 3})
         models.disturb(model)
         lorank.save(model, sys.argv[1])
     """
@@ -206,8 +207,8 @@ def test_every_problem_of_a_file_is_in_one_error(saved: tuple[Any, Any, Path]) -
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{prefix}0.mlp.c_fc.lora_A.weight"] = torch.zeros(3, 31)
         tensors[f"{prefix}1.mlp.c_fc.lora_B.weight"][0, 0] = float("inf")
-        tensors[f"{prefix}7.mlp.c_fc.lora_A.weight"] = torch.zeros(3, 32)
-        tensors[f"{prefix}7.mlp.c_fc.lora_B.weight"] = torch.zeros(128, 3)
+        tensors[f"{prefix}7.mlp.c_fc.lora_A.weight"] = torch.zeros(4, 32)
+        tensors[f"{prefix}7.mlp.c_fc.lora_B.weight"] = torch.zeros(128, 4)
         tensors[f"{prefix}0.extra.weight"] = torch.zeros(3)
         tensors["base_model.model.lm_head.weight"] = torch.zeros(90, 32)
 
@@ -224,7 +225,7 @@ def test_every_problem_of_a_file_is_in_one_error(saved: tuple[Any, Any, Path]) -
 
 
 def test_another_base_is_an_error_unless_asked_for(saved: tuple[Any, Any, Path]) -> None:
-    base, model, folder = saved
+    base, _, folder = saved
     with torch.no_grad():
         base.transformer.h[1].mlp.c_fc.weight.mul_(1.001)  # one matrix of six, by a little
     assert_refused(
@@ -338,3 +339,119 @@ def test_a_model_on_the_meta_device_cannot_save_or_load(saved: tuple[Any, Any, P
     lorank.adapt(model, LoRA(rank=1), "c_fc")
     with pytest.raises(AdapterError, match="is on the meta device and has no values"):
         lorank.save(model, tmp_path / "meta")
+
+
+def test_two_files_are_replaced_together_or_not_at_all(saved: tuple[Any, Any, Path]) -> None:
+    base, model, folder = saved
+    before = (folder / TENSORS).read_bytes()
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).mkdir()
+    models.disturb(model)
+    with pytest.raises(AdapterError, match="cannot write"):
+        lorank.save(model, folder)
+    assert (folder / TENSORS).read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, TENSORS]
+    assert lorank.adapter_names(base) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda header: "{",
+        lambda header: "[]",
+        lambda header: json.dumps({"version": 1}),
+        lambda header: json.dumps(header | {"bias": "foo"}),
+        lambda header: json.dumps(header | {"layers": 3}),
+        lambda header: json.dumps(header | {"spec": {"variant": "lora", "rank": -1}}),
+        lambda header: json.dumps(header | {"spec": {"variant": "lora", "dtype": "foo"}}),
+        lambda header: json.dumps(header | {"spec": {"variant": "magic"}}),
+        lambda header: "[" * 100_000,
+    ],
+)
+def test_a_damaged_header_is_named(saved: tuple[Any, Any, Path], damage: Callable[[dict[str, Any]], str]) -> None:
+    base, _, folder = saved
+    _, tensors, metadata = safetensors_file.read(folder / TENSORS)
+    metadata["lorank"] = damage(json.loads(metadata["lorank"]))
+    (folder / TENSORS).write_bytes(safetensors_file.pack(tensors, metadata))
+    assert_refused(base, folder, "lorank's header is damaged")
+
+
+def test_a_header_of_another_version_asks_for_an_update(saved: tuple[Any, Any, Path]) -> None:
+    base, _, folder = saved
+    _, tensors, metadata = safetensors_file.read(folder / TENSORS)
+    metadata["lorank"] = json.dumps({"version": 2, "sha256": "0"})
+    (folder / TENSORS).write_bytes(safetensors_file.pack(tensors, metadata))
+    assert_refused(base, folder, "header version 2", "update lorank")
+
+
+def test_ranks_of_the_configuration_and_the_tensors_must_agree(saved: tuple[Any, Any, Path]) -> None:
+    base, _, folder = saved
+    edit_tensors(folder, lambda tensors: None)
+    edit_config(folder, r=16)
+    assert_refused(base, folder, "transformer.h.0.attn.c_attn: its factors have rank 4, adapter_config.json says 16")
+
+
+def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    base = models.sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+    model = copy.deepcopy(base)
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    lorank.save(model, tmp_path)
+    A, head = "base_model.model.0.lora_A.weight", "base_model.model.1.weight"
+    for key, tensor, reason in [
+        (A, torch.full((2, 4), 1e300, dtype=torch.float64), "0: A holds numbers that are too large for float32"),
+        (A, torch.ones(2, 4, dtype=torch.int64), "0: A is int64 in the file; it must be floating-point"),
+        (head, torch.full((4, 4), 1e300, dtype=torch.float64), "1.weight holds numbers that are too large for float32"),
+    ]:
+        folder = tmp_path / key
+        lorank.save(model, folder)
+        edit_tensors(folder, lambda tensors, key=key, tensor=tensor: tensors.update({key: tensor}))
+        assert_refused(base, folder, reason)
+
+
+def test_two_names_of_one_layer_may_not_have_two_adapters(tmp_path: Path) -> None:
+    base = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    lorank.adapt(base, LoRA(rank=2), ["a", "b"], bias="adapted")
+    models.disturb(base)
+    lorank.save(base, tmp_path)
+    edit_tensors(tmp_path, lambda tensors: None)
+    shared = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    shared["b"] = shared["a"]
+    assert_refused(shared, tmp_path, "adapts a twice, under two of its names", "a bias for a twice")
+
+
+@pytest.mark.parametrize("name", ["lora_A", "base_layer", "modules_to_save", "lora_embedding_B", "original_module"])
+def test_copies_and_biases_of_modules_with_any_name_come_back(name: str, tmp_path: Path) -> None:
+    base = nn.ModuleDict({"body": nn.Linear(4, 4), name: nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+    model = copy.deepcopy(base)
+    lorank.adapt(model, LoRA(rank=2), "body", train_also=[f"{name}.fc"], bias="adapted")
+    models.disturb(model)
+    lorank.save(model, tmp_path)
+    plan = lorank.load(base, tmp_path)
+    assert list(plan.copies) == [f"{name}.fc"] and list(plan.biases) == ["body"]
+
+
+def test_the_default_dtype_and_device_do_not_matter(saved: tuple[Any, Any, Path]) -> None:
+    base, model, folder = saved
+    before = (folder / TENSORS).read_bytes()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        lorank.load(base, folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        lorank.save(model, folder)
+    assert (folder / TENSORS).read_bytes() == before
+
+
+def test_buffers_of_a_copy_may_hold_infinities(tmp_path: Path) -> None:
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("mask", torch.full((4,), float("-inf")))
+
+    base = models.sequential(nn.Linear(4, 4), Masked())
+    model = copy.deepcopy(base)
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    lorank.save(model, tmp_path)
+    lorank.load(base, tmp_path)
+    assert torch.equal(base[1].adapters["default"].mask, base[1].mask)

@@ -279,3 +279,22 @@ def test_a_layer_whose_name_ends_anothers_is_the_only_one_that_peft_adapts(tmp_p
     theirs = read_by_peft(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
     assert not any("inner" in name for name, _ in theirs.named_parameters() if "lora_" in name)
+
+
+def test_a_head_that_is_a_sequence_goes_both_ways(tmp_path: Path) -> None:
+    head = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    base, x = nn.ModuleDict({"body": nn.Linear(6, 6), "head": head}), torch.randn(3, 6)
+
+    def run(model: Any) -> Tensor:
+        with torch.no_grad():
+            return model["head"](model["body"](x))
+
+    theirs = peft_model(copy.deepcopy(base), target_modules=["body"], modules_to_save=["head"], r=2)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    model = copy.deepcopy(base)
+    plan = lorank.load(model, tmp_path / "theirs")
+    assert list(plan.copies) == ["head.0", "head.2"]
+    torch.testing.assert_close(run(model), run(theirs.base_model.model), rtol=1e-5, atol=1e-5)
+    lorank.save(model, tmp_path / "ours")
+    again = read_by_peft(copy.deepcopy(base), tmp_path / "ours")
+    torch.testing.assert_close(run(again.base_model.model), run(model), rtol=1e-5, atol=1e-5)  # pyright: ignore

@@ -30,14 +30,24 @@ def test_on_the_first_step_one_factor_of_each_pair_may_stand_still() -> None:
 def test_on_later_steps_both_factors_must_move() -> None:
     model, x = models.llama(), models.ids()
     lorank.adapt(model, LoRA(), ["q_proj"])
+    backward(model, x)
+    with pytest.raises(AdapterError, match=r"0\.self_attn\.q_proj\.adapters\.default\.A has a gradient of zeros"):
+        lorank.check(model, moved=True)
     models.disturb(model)
     backward(model, x)
-    lorank.check(model)
-    model.model.layers[1].self_attn.q_proj.adapters["default"].A.grad.zero_()
-    with pytest.raises(
-        AdapterError, match=r"model\.layers\.1\.self_attn\.q_proj\.adapters\.default\.A has a gradient of zeros"
-    ):
+    assert lorank.check(model, moved=True) == []
+
+
+def test_a_pair_of_which_neither_factor_moves_is_an_error() -> None:
+    model, x = models.llama(), models.ids()
+    lorank.adapt(model, LoRA(), ["q_proj"])
+    backward(model, x)
+    model.model.layers[1].self_attn.q_proj.adapters["default"].B.grad.zero_()
+    with pytest.raises(AdapterError) as error:
         lorank.check(model)
+    for factor in ("A", "B"):
+        assert f"layers.1.self_attn.q_proj.adapters.default.{factor} has a gradient of zeros" in str(error.value)
+    assert "layers.0" not in str(error.value)
 
 
 def test_a_layer_that_is_read_without_being_called_is_named() -> None:

@@ -75,7 +75,8 @@ def test_an_iterator_is_read_once_and_a_list_again() -> None:
     parameters = lorank.adapter_parameters(model).values()
     config = TrainConfig(steps=7)
     assert len(list(lorank.train(parameters, mean_loss(model), batches, config))) == 7
-    assert len(list(lorank.train(parameters, mean_loss(model), iter(batches), config))) == 3
+    with pytest.warns(lorank.AdapterWarning, match="the batches ran out after 3 of 7 steps"):
+        assert len(list(lorank.train(parameters, mean_loss(model), iter(batches), config))) == 3
     assert len(list(lorank.train(parameters, mean_loss(model), batches))) == 3
     with pytest.raises(AdapterError, match="there are no batches"):
         list(lorank.train(parameters, mean_loss(model), []))
@@ -86,10 +87,12 @@ def test_an_iterator_is_read_once_and_a_list_again() -> None:
 def test_the_caller_may_stop_whenever_it_likes() -> None:
     model, batch = adapted(), task(8)
     steps = lorank.train(lorank.adapter_parameters(model).values(), mean_loss(model), [batch], TrainConfig(steps=50))
+    seen = []
     for step in steps:
+        seen.append(step.index)
         if step.index == 3:
             break
-    assert step.index == 3
+    assert seen == [1, 2, 3]
 
 
 def test_schedules_rise_and_fall_as_they_say() -> None:
@@ -127,13 +130,49 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(value: float) -> 
     parameters = lorank.adapter_parameters(model)
     losses = iter([1.0, 1.0, value])
     steps = lorank.train(
-        parameters.values(), lambda b: mean_loss(model)(b) * next(losses), [batch], TrainConfig(steps=5, accumulate=2)
+        parameters.values(),
+        lambda b: mean_loss(model)(b) * next(losses),
+        [batch] * 2,
+        TrainConfig(steps=5, accumulate=2),
     )
     next(steps)
     before = {name: parameter.clone() for name, parameter in parameters.items()}
     with pytest.raises(AdapterError, match=r"the loss of step 2 is (nan|inf); this step has changed nothing"):
         next(steps)
     assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
+    model, batch = adapted(), task(8)
+    parameters = lorank.adapter_parameters(model)
+    before = {name: parameter.clone() for name, parameter in parameters.items()}
+
+    def loss(batch: Batch) -> Tensor:
+        return mean_loss(model)(batch) + (model(batch[0]) * 0).sum().sqrt()  # finite, with the gradient of √0
+
+    with pytest.raises(AdapterError, match=r"the gradient of step 1 is nan though its loss is \d"):
+        next(lorank.train(parameters.values(), loss, [batch]))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
+
+
+def test_a_loss_that_cannot_train_is_named() -> None:
+    model, batch = adapted(), task(8)
+    parameters = lorank.adapter_parameters(model).values()
+    for loss, reason in [
+        (lambda b: model(b[0]), r"must return one number, or \(sum, weight\); it returned \(8, 3\)"),
+        (lambda b: 3.0, "it returned float"),
+        (lambda b: mean_loss(model)(b).detach(), "does not depend on any trainable parameter"),
+        (lambda b: (mean_loss(model)(b), math.nan), "weigh nan"),
+    ]:
+        with pytest.raises(AdapterError, match=reason):
+            next(lorank.train(parameters, loss, [batch]))
+
+
+def test_check_works_in_the_body_of_the_loop() -> None:
+    model, batch = adapted(), task(8)
+    steps = lorank.train(lorank.adapter_parameters(model).values(), mean_loss(model), [batch], TrainConfig(steps=3))
+    for step in steps:
+        assert lorank.check(model, moved=step.index > 1) == []
 
 
 def test_a_parameter_without_gradient_stops_the_first_step() -> None:

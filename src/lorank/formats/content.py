@@ -1,6 +1,7 @@
 """What an adapter file says, apart from how its format says it; taken from a model, and put on one."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -11,11 +12,11 @@ from ..adapted import entries, pristine_copy, why_not_attachable
 from ..companions import BiasOffset, join, why_no_bias_offset
 from ..errors import AdapterError, did_you_mean, enumerate_names, raise_problems
 from ..fingerprint import Comparison, Fingerprint, compare, fingerprint
-from ..hosts import FusedHost, Host, host_of, layout_of
-from ..planning import Bias, Place, Plan, name_problems, own_parameters, why_not_copyable
-from ..surgery import install
+from ..hosts import FusedHost, Host, NoHost, host_of, layout_of
+from ..planning import Bias, Place, Plan, copyable_parts, count, name_problems, own_parameters, why_not_copyable
+from ..surgery import install, require_no_inference_mode
 from ..targets import Names
-from ..variants import Adapter, LoRA, LoRAAdapter
+from ..variants import Adapter, LoRA, LoRAAdapter, factor_dtype
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Content:
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by module, its state dict
     base: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that came along
     bias: Bias = "none"
+    problems: list[str] = field(default_factory=list)  # what a reader found; `fit` adds what it finds, and raises
     remarks: list[str] = field(default_factory=list)  # what a reader should warn of once the adapter is loaded
 
 
@@ -48,25 +50,26 @@ def gather(model: nn.Module, name: str) -> Content:
     content = Content(LoRA())
     problems = []
     for layer_name, (layer, entry) in found.items():
-        for key, tensor in entry.state_dict().items():
-            if tensor.device.type == "meta":
+        for key, parameter in entry.named_parameters():
+            if parameter.is_meta:
                 problems.append(f"{layer_name}: {key} is on the meta device and has no values")
-            elif not torch.isfinite(tensor).all():
+            elif not torch.isfinite(_whole(parameter)).all():
                 problems.append(f"{layer_name}: {key} holds NaN or Inf")
         if not isinstance(entry, Adapter):
-            content.copies[layer_name] = entry.state_dict()
+            content.copies[layer_name] = _tensors(entry)
             continue
         for leaf in entry.leaves():
             if isinstance(leaf, BiasOffset):
-                content.biases[layer_name] = leaf.value.detach()
+                content.biases[layer_name] = _whole(leaf.value(layer))
             elif isinstance(leaf, LoRAAdapter):
                 update = content.updates.setdefault(
                     layer_name, LayerUpdate(cast(LoRA, leaf.spec), {}, host=leaf.host, layer=layer)
                 )
-                update.factors[leaf.part] = (leaf.A.detach(), leaf.B.detach())
-                W = leaf.host.matrix(layer, leaf.part)
-                if W.device.type != "meta":
-                    update.fingerprints[leaf.part] = fingerprint(W)
+                update.factors[leaf.part] = (_whole(leaf.A), _whole(leaf.B))
+                with suppress(NoHost):  # a weight that was sharded or parametrised since cannot be recognised later
+                    W = leaf.host.matrix(layer, leaf.part)
+                    if not W.is_meta:
+                        update.fingerprints[leaf.part] = fingerprint(W)
             else:
                 problems.append(f"{layer_name}: no file format yet for {type(leaf).__name__}")
     raise_problems("cannot save", problems)
@@ -78,10 +81,26 @@ def gather(model: nn.Module, name: str) -> Content:
     return content
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor's values, collected from all processes when it is sharded over them."""
+    return getattr(tensor.detach(), "full_tensor", lambda: tensor.detach())()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module's state dict; it may hold other things too."""
+    return {key: _whole(value) for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers themselves that `_tensors` holds the values of."""
+    return {key: value for key, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
 def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_other_base: bool) -> Plan:
     """Put an adapter on a model. Everything is checked first; on an error nothing has changed."""
+    require_no_inference_mode("cannot load")
     names = Names(model)
-    problems = name_problems(model, name)
+    problems = name_problems(model, name) + content.problems
     places: list[Place] = []
     parts: dict[str, dict[str, Adapter]] = {}
     compared: dict[str, Comparison] = {}
@@ -92,6 +111,9 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
             problems.append(str(error))
             continue
         layer = names.modules[canonical]
+        if canonical in parts:
+            problems.append(f"the file adapts {canonical} twice, under two of its names")
+            continue
         for part, (A, B) in update.factors.items():
             place = Place(canonical, part, layer, host, update.spec, host.shape(layer, part))
             wrong = _factor_problems(place, A, B)
@@ -108,10 +130,15 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
         if reason or module is None:
             problems.append(reason or "")
             continue
+        canonical = names.canonical[layer_name]
+        if canonical in biases:
+            problems.append(f"the file has a bias for {canonical} twice, under two of its names")
+            continue
         offset = BiasOffset(module)
-        offset.value.data.copy_(value)
-        parts.setdefault(names.canonical[layer_name], {})["bias"] = offset
-        biases[names.canonical[layer_name]] = module
+        bias = module.get_parameter("bias").detach()
+        offset.offset.data.copy_(value.to(bias.device, offset.offset.dtype) - bias)
+        parts.setdefault(canonical, {})["bias"] = offset
+        biases[canonical] = module
     copies = _copies(content, names, problems)
     built: dict[str, nn.Module] = {layer: join(adapters) for layer, adapters in parts.items()}
     built.update(copies)
@@ -124,7 +151,7 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
         problems.append("it holds no adapter")
     problems += _other_base(compared, allow_other_base, content.remarks)
     raise_problems("this adapter does not fit this model", list(dict.fromkeys(problems)))
-    install(model, name, built, activate=activate)
+    install(model, name, [(names.modules[layer], entry) for layer, entry in built.items()], activate=activate)
     return Plan(
         adapter=name,
         spec=content.spec,
@@ -133,7 +160,7 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
         biases=biases,
         bias=content.bias,
         left_out={},
-        base_parameters=sum(p.numel() for p in own_parameters(model)),
+        base_parameters=count(own_parameters(model)),
         warnings=tuple(content.remarks),
     )
 
@@ -163,11 +190,23 @@ def _factor_problems(place: Place, A: Tensor, B: Tensor) -> list[str]:
     for factor, tensor, needed in (("A", A, (rank, in_)), ("B", B, (out, rank))):
         if tuple(tensor.shape) != needed:
             problems.append(f"{place.label}: {factor} is {tuple(tensor.shape)} in the file, the model needs {needed}")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{place.label}: {factor} holds NaN or Inf")
+        else:
+            dtype = factor_dtype(place.spec, place.host.weight(place.layer))
+            problems += _value_problems(f"{place.label}: {factor}", tensor, dtype)
     if place.host.weight(place.layer).device.type == "meta":
         problems.append(f"{place.label}: the model is on the meta device; load its weights first")
     return problems
+
+
+def _value_problems(what: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
+    """Return what is wrong with the values of a file's tensor that is to be kept in a dtype."""
+    if not tensor.is_floating_point():
+        return [f"{what} is {str(tensor.dtype).removeprefix('torch.')} in the file; it must be floating-point"]
+    if not torch.isfinite(tensor if tensor.dtype == torch.float64 else tensor.float()).all():
+        return [f"{what} holds NaN or Inf"]
+    if not torch.isfinite(tensor.to(dtype)).all():
+        return [f"{what} holds numbers that are too large for {str(dtype).removeprefix('torch.')}"]
+    return []
 
 
 def _filled(place: Place, A: Tensor, B: Tensor) -> Adapter:
@@ -188,7 +227,7 @@ def _bias_problem(name: str, module: nn.Module | None, value: Tensor, names: Nam
     bias = module.get_parameter("bias")
     if value.shape != bias.shape:
         return f"{name}.bias is {tuple(value.shape)} in the file, the model needs {tuple(bias.shape)}"
-    return None if torch.isfinite(value).all() else f"{name}.bias holds NaN or Inf"
+    return next(iter(_value_problems(f"{name}.bias", value, torch.promote_types(bias.dtype, torch.float32))), None)
 
 
 def _copies(content: Content, names: Names, problems: list[str]) -> dict[str, nn.Module]:
@@ -201,24 +240,32 @@ def _copies(content: Content, names: Names, problems: list[str]) -> dict[str, nn
                 f"the file has a copy of {name}, which this model has not; {did_you_mean(name, names.modules)}"
             )
             continue
-        reason = why_not_copyable(canonical, names, adapted)
-        if reason:
-            problems.append(reason)
+        members = copyable_parts(canonical, names)  # of a sequence, as many copies as it has members
+        reasons = [reason for member in members if (reason := why_not_copyable(member, names, adapted))]
+        if reasons:
+            problems += reasons
             continue
-        copy = pristine_copy(names.modules[canonical])
-        wanted = copy.state_dict()
+        made = {member: pristine_copy(names.modules[member]) for member in members}
+        places = {
+            f"{member}.{key}".removeprefix(f"{canonical}."): (member, key, tensor)
+            for member, copy in made.items()
+            for key, tensor in _own_tensors(copy).items()
+        }
         before = len(problems)
-        problems += [f"{name}: the file lacks {key}" for key in wanted.keys() - tensors.keys()]
-        problems += [f"{name}: the file has {key}, which the module has not" for key in tensors.keys() - wanted.keys()]
-        for key in wanted.keys() & tensors.keys():
-            if wanted[key].shape != tensors[key].shape:
-                found, needed = tuple(tensors[key].shape), tuple(wanted[key].shape)
-                problems.append(f"{name}.{key} is {found} in the file, the model needs {needed}")
-            elif not torch.isfinite(tensors[key]).all():
-                problems.append(f"{name}.{key} holds NaN or Inf")
+        problems += [f"{name}: the file lacks {key}" for key in places.keys() - tensors.keys()]
+        problems += [f"{name}: the file has {key}, which the module has not" for key in tensors.keys() - places.keys()]
+        for key in places.keys() & tensors.keys():
+            wanted, found = places[key][2], tensors[key]
+            if wanted.shape != found.shape:
+                problems.append(
+                    f"{name}.{key} is {tuple(found.shape)} in the file, the model needs {tuple(wanted.shape)}"
+                )
+            elif isinstance(wanted, nn.Parameter) and wanted.is_floating_point():  # a buffer may hold infinities
+                problems += _value_problems(f"{name}.{key}", found, wanted.dtype)
         if len(problems) == before:
-            copy.load_state_dict(tensors)
-            copies[canonical] = copy
+            for key, (_, _, wanted) in places.items():
+                wanted.data.copy_(tensors[key])
+            copies.update(made)
     return copies
 
 

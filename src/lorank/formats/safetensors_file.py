@@ -1,5 +1,6 @@
 """One safetensors file as bytes: reproducible to the byte, and written so that a crash leaves the old file."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -9,10 +10,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import AdapterError
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def digest(packed: bytes) -> str:
@@ -25,15 +42,23 @@ def digest(packed: bytes) -> str:
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return a safetensors file with sorted tensors and sorted metadata: equal content, equal bytes.
 
-    The safetensors library writes metadata in the order of a hash map, which differs from process to process.
+    Written here because the library writes metadata in the order of a hash map, which differs from process to
+    process, and needs numpy to write at all. Reading is the library's.
     """
-    packed = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    )
-    entries, data = _split(packed)
-    header = _canonical({"__metadata__": dict(metadata), **entries} if metadata else entries)
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + data
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    pieces: list[bytes] = []
+    offset = 0
+    # Wider numbers first, so that every tensor starts at a multiple of its own size.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        tensor = tensor.detach().cpu().contiguous()
+        size = tensor.numel() * tensor.element_size()
+        pieces.append(ctypes.string_at(tensor.data_ptr(), size) if size else b"")
+        shape, span = list(tensor.shape), [offset, offset + size]
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": span}
+        offset += size
+    text = _canonical(header)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + b"".join(pieces)
 
 
 def read(path: Path) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
@@ -48,11 +73,13 @@ def read(path: Path) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
 
 
 def write_atomically(files: Mapping[Path, bytes]) -> None:
-    """Write files so that each is either the old or the new one whatever happens, and no part is left behind.
+    """Write files that belong together: after an error all are the old ones, and no part is left behind.
 
-    All are written in full and flushed to disk before the first takes the place of an older one.
+    All are written in full and flushed to disk before the first takes the place of an older one. A process that
+    is killed between two of them leaves whole files, of which the first may be new.
     """
     partial: dict[Path, str] = {}
+    replaced: dict[Path, bytes | None] = {}
     try:
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +90,12 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
                 os.fsync(file.fileno())
             Path(partial[path]).chmod(_mode_for_new_files())
         for path in files:
+            replaced[path] = path.read_bytes() if path.is_file() else None
             Path(partial[path]).replace(path)
             del partial[path]
     except OSError as error:
+        for path, old in list(replaced.items())[:-1]:
+            path.unlink() if old is None else path.write_bytes(old)
         raise AdapterError(f"cannot write {error.filename or ', '.join(map(str, files))}: {error.strerror}") from error
     finally:
         for leftover in partial.values():

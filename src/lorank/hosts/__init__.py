@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from .base import Host, NoHost, has_host, host_of, plain_parameter, read_without_call, register
+from .base import Host, NoHost, has_host, host_of, overrides_forward, plain_parameter, read_without_call, register
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -19,6 +19,7 @@ __all__ = [
     "has_host",
     "host_of",
     "layout_of",
+    "overrides_forward",
     "plain_parameter",
     "read_without_call",
     "register",

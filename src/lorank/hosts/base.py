@@ -1,7 +1,7 @@
 """Host: a layer type seen as one or more matrices W (out, in). Stateless; the layer is always an argument."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -57,7 +57,7 @@ class Host(ABC):
     def behaves(self, layer: nn.Module) -> bool:
         """Tell whether the layer's own forward computes what this host believes it does, on a small input.
 
-        Asked only of subclasses of the registered class, which may replace its forward.
+        Asked only of subclasses that replace the forward of the registered class.
         """
 
     def weight(self, layer: nn.Module) -> nn.Parameter:
@@ -69,12 +69,9 @@ H = TypeVar("H", bound=Host)
 
 _HOSTS: dict[type | str, Host] = {}
 
-# Places where PyTorch reads a layer's weight without calling the layer, so that an adapter on the layer would
-# have no effect (pytorch#78109): the parent's class, and the children it reads (None: all of them).
-_READ_WITHOUT_CALL: dict[type, frozenset[str] | None] = {
-    nn.MultiheadAttention: None,
-    nn.TransformerEncoderLayer: frozenset({"linear1", "linear2"}),
-}
+# Modules that read the weights of what lies in them without calling it, always or in eval mode, so that nothing
+# put on an inner layer would have an effect (pytorch#78109).
+_READ_WITHOUT_CALL = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def register(*layers: type | str) -> Callable[[type[H]], type[H]]:
@@ -120,7 +117,7 @@ def host_of(layer: nn.Module) -> Host:
         raise NoHost("a compiled ScriptModule cannot be changed")
     for part in host.parts(layer):
         host.shape(layer, part)  # raises for a weight that is not a plain matrix
-    if type(layer) is not own_class and not _is_adapted(layer) and not host.behaves(layer):
+    if overrides_forward(layer, own_class) and not host.behaves(layer):
         raise NoHost(f"{type(layer).__name__} does not compute what its base class {own_class.__name__} does")
     return host
 
@@ -130,12 +127,20 @@ def has_host(layer: nn.Module) -> bool:
     return _lookup(layer) is not None
 
 
-def read_without_call(parent: nn.Module, child: str) -> str | None:
-    """Return why an adapter on this child of `parent` would have no effect; None when it would have one."""
-    for kind, children in _READ_WITHOUT_CALL.items():
-        if isinstance(parent, kind) and (children is None or child in children):
-            return f"{kind.__name__} reads its weight without calling it, so an adapter there would have no effect"
+def read_without_call(above: Iterable[nn.Module]) -> str | None:
+    """Return why a change of a module that lies in the modules `above` would have no effect; None when it would."""
+    for module in above:
+        for kind in _READ_WITHOUT_CALL:
+            if isinstance(module, kind):
+                return f"{kind.__name__} reads its weight without calling it, so that an adapter there has no effect"
     return None
+
+
+def overrides_forward(layer: nn.Module, base: type) -> bool:
+    """Tell whether a class between the layer's own and `base` replaces the forward; being adapted does not count."""
+    mro = type(layer).__mro__
+    between = mro[: mro.index(base)]
+    return any("forward" in vars(cls) and "carries_adapters" not in vars(cls) for cls in between)
 
 
 def _lookup(layer: nn.Module) -> Host | None:
@@ -152,7 +157,3 @@ def _registered_class(layer: nn.Module) -> type | None:
 
 def _qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _is_adapted(layer: nn.Module) -> bool:
-    return "adapters" in layer._modules  # was looked at when its first adapter came

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Host, NoHost, register
+from .base import Host, NoHost, overrides_forward, register
 from .linear import agrees
 
 
@@ -46,5 +46,7 @@ class EmbeddingHost(Host):
         return agrees(layer, ids, expected if scale is None else expected * scale)
 
     def _embed_scale(self, layer: nn.Embedding) -> Tensor | float | None:
+        if not overrides_forward(layer, nn.Embedding):
+            return None
         scale = getattr(layer, "embed_scale", None)
         return scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale

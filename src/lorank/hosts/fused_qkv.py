@@ -39,7 +39,7 @@ class RowLayout:
     def index(self, part: str) -> Tensor:
         """Return the row numbers of a part, (rows of the part,), int64."""
         start, stop = self.parts[part]
-        return torch.arange(self.rows).view(self.groups, self.width)[:, start:stop].reshape(-1)
+        return torch.arange(self.rows, device="cpu").view(self.groups, self.width)[:, start:stop].reshape(-1)
 
 
 def consecutive(groups: int = 1, **sizes: int) -> RowLayout:

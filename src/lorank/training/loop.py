@@ -1,6 +1,7 @@
 """The training loop: a generator of optimiser steps. Logging, evaluation and saving are the caller's own code."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -8,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, raise_problems
+from ..errors import AdapterError, AdapterWarning, raise_problems
 
 Batch = TypeVar("Batch")
 
@@ -38,20 +39,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.steps is not None and self.steps < 1:
-            problems.append(f"steps is {self.steps}; it must be at least 1, or None for one pass")
+        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
+            problems.append(f"steps is {self.steps}; it must be a whole number of at least 1, or None for one pass")
         if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
             problems.append(f"learning_rate is {self.learning_rate}; it must be above 0")
         if self.schedule not in ("constant", "linear", "cosine"):
             problems.append(f"schedule is {self.schedule!r}; it must be constant, linear or cosine")
         if self.schedule != "constant" and self.steps is None:
             problems.append(f"a {self.schedule} schedule needs `steps`, to know where it ends")
-        if self.warmup < 0 or (self.steps is not None and self.warmup > self.steps):
+        if not isinstance(self.warmup, int) or self.warmup < 0 or (self.steps is not None and self.warmup > self.steps):
             problems.append(f"warmup is {self.warmup}; it must lie between 0 and steps")
-        if self.clip is not None and self.clip <= 0:
+        if self.weight_decay < 0 or self.epsilon < 0:
+            problems.append(f"weight_decay is {self.weight_decay} and epsilon {self.epsilon}; neither may be negative")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            problems.append(f"betas are {self.betas}; they must be two numbers in [0, 1)")
+        if self.clip is not None and not self.clip > 0:
             problems.append(f"clip is {self.clip}; it must be above 0, or None")
-        if self.accumulate < 1:
-            problems.append(f"accumulate is {self.accumulate}; it must be at least 1")
+        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+            problems.append(f"accumulate is {self.accumulate}; it must be a whole number of at least 1")
         raise_problems("TrainConfig cannot be set up like this", problems)
 
     def rate(self, index: int) -> float:
@@ -111,18 +116,22 @@ def train(
         weight_decay=config.weight_decay,
         fused=all(p.device.type in ("cpu", "cuda") for p in trained),
     )
-    optimiser.zero_grad(set_to_none=True)
     for index, group in enumerate(_groups(batches, config), start=1):
+        optimiser.zero_grad(set_to_none=True)  # here and not after the step, so that the caller can look at them
         mean, weight = _backward(group, loss, trained, index)
         if index == 1:
             _require_gradients(trained)
         limit = math.inf if config.clip is None else config.clip
         norm = nn.utils.clip_grad_norm_(trained, limit)
+        if not torch.isfinite(norm):
+            raise AdapterError(
+                f"the gradient of step {index} is {float(norm)} though its loss is {float(mean):g}; this step has "
+                "changed nothing. Look for a square root or a logarithm of 0 in the model or the loss"
+            )
         rate = config.rate(index)
         for parameter_group in optimiser.param_groups:
             parameter_group["lr"] = rate
         optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
         yield Step(index, mean, norm, rate, weight)
 
 
@@ -135,16 +144,24 @@ def _backward(
     for batch in group:
         value = loss(batch)
         summed, count = value if isinstance(value, tuple) else (value, 1)
+        if not isinstance(summed, Tensor) or summed.numel() != 1:
+            shape = tuple(summed.shape) if isinstance(summed, Tensor) else type(summed).__name__
+            raise AdapterError(f"loss(batch) must return one number, or (sum, weight); it returned {shape}")
+        if not summed.requires_grad:
+            raise AdapterError(
+                f"the loss of step {index} does not depend on any trainable parameter: is the adapter active, and the "
+                "forward outside torch.no_grad?"
+            )
         if not torch.isfinite(summed):
             raise AdapterError(
-                f"the loss of step {index} is {float(summed)}; this step has changed nothing. Lower the learning rate, "
-                "look at the batch, or train in float32"
+                f"the loss of step {index} is {float(summed.detach())}; this step has changed nothing. Lower "
+                "the learning rate, look at the batch, or train in float32"
             )
         summed.backward()
         total = summed.detach() if total is None else total + summed.detach()
         weight += float(count)
     assert total is not None, "a group has at least one batch"
-    if weight <= 0:
+    if not 0 < weight < math.inf:
         raise AdapterError(f"the batches of step {index} weigh {weight:g}: there is nothing to train on in them")
     if weight != 1:
         for parameter in trained:
@@ -172,7 +189,9 @@ def _groups(batches: Iterable[Batch], config: TrainConfig) -> Iterator[list[Batc
         if made == made_before:
             if made == 0:
                 raise AdapterError("cannot train: there are no batches")
-            return  # an iterator, and it is used up
+            if config.steps is not None:  # an iterator, and it is used up
+                warnings.warn(f"the batches ran out after {made} of {config.steps} steps", AdapterWarning, stacklevel=3)
+            return
         if config.steps is None or made >= config.steps:
             return
 

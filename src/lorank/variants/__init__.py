@@ -3,11 +3,22 @@
 import importlib
 import pkgutil
 
-from .base import Adapter, Spec, Update, register, specs
+from .base import Adapter, Spec, Update, materialised, on_device_of, register, specs
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-from .lora import LoRA, LoRAAdapter  # noqa: E402
+from .lora import LoRA, LoRAAdapter, factor_dtype  # noqa: E402
 
-__all__ = ["Adapter", "LoRA", "LoRAAdapter", "Spec", "Update", "register", "specs"]
+__all__ = [
+    "Adapter",
+    "LoRA",
+    "LoRAAdapter",
+    "Spec",
+    "Update",
+    "factor_dtype",
+    "materialised",
+    "on_device_of",
+    "register",
+    "specs",
+]

@@ -33,6 +33,23 @@ class Adapter(nn.Module, ABC):
         """Initialise the parameters in place, so that the adapted layer computes what the layer does."""
 
 
+def materialised(parameter: nn.Parameter, like: Tensor) -> nn.Parameter:
+    """Return the parameter; raises AdapterError for one on the meta device in a computation with real numbers.
+
+    PyTorch would multiply with it without an error, and return whatever was in memory.
+    """
+    if parameter.is_meta and not like.is_meta:
+        raise AdapterError("this adapter is still on the meta device: load it, or call lorank.reset to initialise it")
+    return parameter
+
+
+def on_device_of(parameter: nn.Parameter, like: Tensor) -> nn.Parameter:
+    """Return the parameter, or an empty one like it on the device of `like` when it is on the meta device alone."""
+    if parameter.is_meta and not like.is_meta:
+        return nn.Parameter(torch.empty_like(parameter, device=like.device))
+    return parameter
+
+
 class Update(Adapter):
     """An adapter that is an update ΔW of one of the layer's matrices."""
 
@@ -69,7 +86,7 @@ class Spec(ABC):
         if name not in _VARIANTS:
             raise AdapterError(f"unknown variant {name!r}; this lorank knows {', '.join(sorted(_VARIANTS))}")
         if isinstance(values.get("dtype"), str):
-            values["dtype"] = getattr(torch, values["dtype"], None)
+            values["dtype"] = getattr(torch, values["dtype"], values["dtype"])  # what is no dtype, the spec refuses
         try:
             return _VARIANTS[name](**values)
         except TypeError as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import raise_problems
 from ..hosts import Host
 from ..lowrank import INITIALISATIONS, delta, initialise
-from .base import Spec, Update, register
+from .base import Spec, Update, materialised, on_device_of, register
 
 
 @register("lora")
@@ -63,6 +63,11 @@ class LoRA(Spec):
         return LoRAAdapter(self, host, layer, part, device)
 
 
+def factor_dtype(spec: Spec, weight: Tensor) -> torch.dtype:
+    """Return the dtype of A and B: the spec's, or float32, or a wider one of the weight's own."""
+    return getattr(spec, "dtype", None) or torch.promote_types(weight.dtype, torch.float32)
+
+
 class LoRAAdapter(Update):
     """A (rank, in) and B (out, rank) of one matrix."""
 
@@ -75,7 +80,7 @@ class LoRAAdapter(Update):
         self.dropout = nn.Dropout(spec.dropout)
         weight = host.weight(layer)
         out, in_ = host.shape(layer, part)
-        dtype = spec.dtype or torch.promote_types(weight.dtype, torch.float32)
+        dtype = factor_dtype(spec, weight)
         device = device or weight.device
         self.A = nn.Parameter(torch.empty(spec.rank, in_, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(out, spec.rank, device=device, dtype=dtype))
@@ -83,11 +88,14 @@ class LoRAAdapter(Update):
             self.reset_parameters(layer)
 
     def reset_parameters(self, layer: nn.Module) -> None:
+        weight = self.host.weight(layer)
+        self.A, self.B = on_device_of(self.A, weight), on_device_of(self.B, weight)
         initialise(self.A, self.B, self.spec.init, lookup=self.host.lookup)
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         host, part = self.host, self.part
-        z = host.down(layer, part, x if host.lookup else self.dropout(x), self.A)  # (..., rank)
+        A = materialised(self.A, x)
+        z = host.down(layer, part, x if host.lookup else self.dropout(x), A)  # (..., rank)
         if host.lookup and self.training and self.spec.dropout:
             # The input is one-hot: dropping its only non-zero element drops the whole row of a token.
             z = z * F.dropout(z.new_ones(*z.shape[:-1], 1), self.spec.dropout)

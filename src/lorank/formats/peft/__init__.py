@@ -15,7 +15,7 @@ from ...targets import Names
 from .. import safetensors_file
 from ..content import Content
 from .config import check_config, encode_config, read_config
-from .header import check_header, encode_header, read_header
+from .header import apply_account, encode_header, read_header
 from .tensors import decode, encode_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,9 +31,7 @@ def write(content: Content, path: Path, model: nn.Module) -> None:
     """Write an adapter into a directory. Other files there stay as they are."""
     tensors = encode_tensors(content)
     config = encode_config(content, model)
-    header = encode_header(content)
-    header["sha256"] = safetensors_file.digest(safetensors_file.pack(tensors))
-    metadata = {"format": "pt", "lorank": json.dumps(header, sort_keys=True, separators=(",", ":"))}
+    metadata = encode_header(content, safetensors_file.pack(tensors))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     # The tensors go first: their header alone says what they are, should the second file never arrive.
     files = {path / TENSORS: safetensors_file.pack(tensors, metadata), path / CONFIG: text.encode()}
@@ -53,10 +51,10 @@ def read(path: Path, names: Names) -> Content:
         )
         raise AdapterError(f"{folder} has no {TENSORS}{hint}")
     packed, tensors, metadata = safetensors_file.read(file)
-    header = read_header(metadata, packed, file)
+    account = read_header(metadata, packed, file)
     remarks = check_config(config, folder / CONFIG)
-    content = decode(config, tensors, header, names)
-    if header is not None:
-        check_header(header, content, names)
+    content = decode(config, tensors, account, names)
+    if account is not None:
+        apply_account(account, content, names)
     content.remarks += remarks
     return content

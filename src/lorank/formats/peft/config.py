@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import AdapterError, enumerate_names, raise_problems
 from ...planning import Bias
 from ...variants import LoRA
-from ..content import Content, LayerUpdate
+from ..content import Content
 from ..pattern import Pattern
 
 # Settings that change what the tensors mean, with the values that do not.
@@ -44,18 +44,29 @@ _HARMLESS = frozenset(
     }
 )
 
+# What settings that lorank reads must be, where they are not null.
+_KINDS: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "modules_to_save": (list, str),
+    "target_modules": (list, str),
+    "exclude_modules": (list, str),
+}
+
 BIAS: dict[str, Bias] = {"none": "none", "lora_only": "adapted", "all": "all"}
 
 
-def rank_alpha(update: LayerUpdate) -> tuple[int, float]:
-    """Return rank and alpha of the whole layer, such that PEFT computes the same scale."""
-    parts, spec = len(update.factors), update.spec
+def rank_alpha(spec: LoRA, parts: int) -> tuple[int, float]:
+    """Return rank and alpha of a whole layer of which so many parts are adapted: PEFT computes the same scale."""
     return parts * spec.rank, spec.alpha * (math.sqrt(parts) if spec.rank_stabilised else parts)
 
 
 def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
     spec = content.spec
-    of_layer = {name: rank_alpha(update) for name, update in content.updates.items()}
+    of_layer = {name: rank_alpha(update.spec, len(update.factors)) for name, update in content.updates.items()}
     rank, alpha = Counter(of_layer.values()).most_common(1)[0][0] if of_layer else (spec.rank, spec.alpha)
     config = getattr(model, "config", None)
     return {
@@ -119,7 +130,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path.parent} has no {path.name}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path} holds a {type(config).__name__}, not an object")
@@ -140,7 +151,7 @@ def check_config(config: Mapping[str, Any], path: Path) -> list[str]:
             f"init_lora_weights is {init!r}: the adapter belongs to a base from which PEFT takes the adapter's start "
             "away when it loads; convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("rank_pattern", dict), ("alpha_pattern", dict)):
+    for key, kinds in _KINDS.items():
         if config.get(key) is not None and not isinstance(config[key], kinds):
             problems.append(f"{key} is {config[key]!r}")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
@@ -153,8 +164,8 @@ def check_config(config: Mapping[str, Any], path: Path) -> list[str]:
 def spec_of(config: Mapping[str, Any], problems: list[str]) -> LoRA:
     try:
         return LoRA(
-            rank=config.get("r", 8),
-            alpha=config.get("lora_alpha", 8),
+            rank=_default(config, "r"),
+            alpha=_default(config, "lora_alpha"),
             dropout=config.get("lora_dropout") or 0.0,
             rank_stabilised=bool(config.get("use_rslora")),
             init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
@@ -164,13 +175,30 @@ def spec_of(config: Mapping[str, Any], problems: list[str]) -> LoRA:
         return LoRA()
 
 
-def alphas_of(config: Mapping[str, Any], layers: Mapping[str, Any], problems: list[str]) -> dict[str, float]:
+def alphas_of(config: Mapping[str, Any], layers: Iterable[str], problems: list[str]) -> dict[str, float]:
     """Return each layer's alpha: that of the first key of alpha_pattern that matches its name, or the global one."""
-    default = config.get("lora_alpha", 8)
+    return _by_pattern("alpha_pattern", config, _default(config, "lora_alpha"), layers, problems)
+
+
+def ranks_of(config: Mapping[str, Any], layers: Iterable[str], problems: list[str]) -> dict[str, int]:
+    """Return each layer's rank: that of the first key of rank_pattern that matches its name, or the global one."""
+    return _by_pattern("rank_pattern", config, _default(config, "r"), layers, problems)
+
+
+def _default(config: Mapping[str, Any], key: str) -> Any:
+    value = config.get(key)
+    return 8 if value is None else value  # PEFT's default for both
+
+
+def _by_pattern(
+    key: str, config: Mapping[str, Any], default: Any, layers: Iterable[str], problems: list[str]
+) -> dict[str, Any]:
     patterns = []
-    for text, alpha in (config.get("alpha_pattern") or {}).items():
+    for text, value in (config.get(key) or {}).items():
         try:
-            patterns.append((Pattern(text), alpha))
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value:
+                raise AdapterError(f"{key} gives {text!r} the value {value!r}")
+            patterns.append((Pattern(text), value))
         except AdapterError as error:
             problems.append(str(error))
-    return {name: next((a for pattern, a in patterns if pattern.matches_end(name)), default) for name in layers}
+    return {name: next((v for pattern, v in patterns if pattern.matches_end(name)), default) for name in layers}

@@ -8,88 +8,137 @@ where it is not.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from ...errors import AdapterError, raise_problems
+from ...errors import AdapterError
 from ...fingerprint import Fingerprint
 from ...hosts import layout_of
 from ...lowrank import split_blocks
+from ...planning import Bias
 from ...targets import Names
 from ...variants import LoRA, Spec
 from .. import safetensors_file
 from ..content import Content, LayerUpdate
-from .config import rank_alpha
+from .config import BIAS, rank_alpha
 
+_KEY = "lorank"
 _VERSION = 1
 
 
-def encode_header(content: Content) -> dict[str, Any]:
+@dataclass(frozen=True)
+class LayerAccount:
+    """What the header says of one layer."""
+
+    spec: LoRA
+    parts: list[str]  # ["weight"], or parts of a fused projection in the order of their blocks
+    fingerprints: dict[str, Fingerprint]  # by part; a part may have none
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the header says of the adapter."""
+
+    spec: LoRA
+    bias: Bias
+    layers: dict[str, LayerAccount]
+    biases: list[str]  # layers whose bias is in the file
+    copies: list[str]  # modules of which a copy is in the file
+
+
+def encode_header(content: Content, packed: bytes) -> dict[str, str]:
+    """Return the metadata of a file with these tensors."""
     layers = {}
     for name, update in content.updates.items():
         prints = {part: fingerprint.to_json() for part, fingerprint in update.fingerprints.items()}
         layers[name] = {"spec": update.spec.to_json(), "parts": list(update.factors), "base": prints}
-    return {
+    account = {
         "version": _VERSION,
         "spec": content.spec.to_json(),
         "layers": layers,
         "biases": sorted(content.biases),
         "copies": sorted(content.copies),
         "bias": content.bias,
+        "sha256": safetensors_file.digest(packed),
     }
+    return {"format": "pt", _KEY: json.dumps(account, sort_keys=True, separators=(",", ":"))}
 
 
-def read_header(metadata: Mapping[str, str], packed: bytes, file: Path) -> dict[str, Any] | None:
-    if "lorank" not in metadata:
+def read_header(metadata: Mapping[str, str], packed: bytes, file: Path) -> Account | None:
+    """Return the account in a file's metadata; None when another tool wrote the file.
+
+    Raises AdapterError for a header that cannot be read, and for tensors that are not those it was written for.
+    """
+    if _KEY not in metadata:
         return None
-    header = json.loads(metadata["lorank"])
-    if header.get("version") != _VERSION:
+    try:
+        account = json.loads(metadata[_KEY])
+        version, digest = account["version"], account["sha256"]
+        parsed = _parse(account) if version == _VERSION else None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, AdapterError) as error:
+        raise AdapterError(f"{file}: lorank's header is damaged ({type(error).__name__}: {error})") from None
+    if parsed is None:
         raise AdapterError(
-            f"{file} was written by another lorank (header version {header.get('version')}; this one reads "
-            f"{_VERSION}); update lorank"
+            f"{file} was written by another lorank (header version {version}; this one reads {_VERSION}); update lorank"
         )
-    if header.get("sha256") != safetensors_file.digest(packed):
+    if digest != safetensors_file.digest(packed):
         raise AdapterError(
             f"{file}: the tensors are not those that were saved (their sha256 differs): damaged or edited"
         )
-    return header
+    return parsed
 
 
-def check_header(header: Mapping[str, Any], content: Content, names: Names) -> None:
-    """Hold the file against its own account, and take from it the specs, parts and fingerprints."""
-    problems = [f"the file lacks the factors of {name}" for name in header["layers"].keys() - content.updates.keys()]
+def _parse(account: dict[str, Any]) -> Account:
+    layers = {}
+    for name, fields in account["layers"].items():
+        prints = {part: Fingerprint.from_json(base) for part, base in fields["base"].items()}
+        layers[name] = LayerAccount(_spec(fields["spec"]), list(fields["parts"]), prints)
+    if account["bias"] not in BIAS.values():
+        raise ValueError(f"bias is {account['bias']!r}")
+    return Account(_spec(account["spec"]), account["bias"], layers, [*account["biases"]], [*account["copies"]])
+
+
+def _spec(fields: dict[str, Any]) -> LoRA:
+    spec = Spec.from_json(fields)
+    if not isinstance(spec, LoRA):
+        raise ValueError(f"its variant is {spec.variant}")
+    return spec
+
+
+def apply_account(account: Account, content: Content, names: Names) -> None:
+    """Hold what was read against the file's own account, and take from it specs, parts and fingerprints."""
+    problems = content.problems
+    problems += [f"the file lacks the factors of {name}" for name in account.layers.keys() - content.updates.keys()]
     problems += [
         f"the file has factors of {name}, which its header does not name"
-        for name in content.updates.keys() - header["layers"].keys()
+        for name in content.updates.keys() - account.layers.keys()
     ]
-    problems += [f"the file lacks the bias of {name}" for name in set(header["biases"]) - content.biases.keys()]
-    content.spec = cast(LoRA, Spec.from_json(header["spec"]))
-    content.bias = header["bias"]
-    for name, fields in header["layers"].items():
+    problems += [f"the file lacks the bias of {name}" for name in set(account.biases) - content.biases.keys()]
+    content.spec = account.spec
+    content.bias = account.bias
+    for name, told in account.layers.items():
         update = content.updates.get(name)
         if update is None:
             continue
-        spec, parts = cast(LoRA, Spec.from_json(fields["spec"])), list(fields["parts"])
-        told = LayerUpdate(spec, dict.fromkeys(parts, update.factors["weight"]))
-        if not math.isclose(update.spec.scale, spec.scale, rel_tol=1e-6) or rank_alpha(told)[0] != update.spec.rank:
+        rank, _ = rank_alpha(told.spec, len(told.parts))
+        if not math.isclose(update.spec.scale, told.spec.scale, rel_tol=1e-6) or rank != update.spec.rank:
             problems.append(
                 f"{name}: rank and scale are {update.spec.rank} and {update.spec.scale:g} in adapter_config.json, "
-                f"{rank_alpha(told)[0]} and {spec.scale:g} in the tensors' own header; the two do not belong together"
+                f"{rank} and {told.spec.scale:g} in the tensors' own header; the two do not belong together"
             )
-        update.spec = spec
-        update.fingerprints = {part: Fingerprint.from_json(base) for part, base in fields["base"].items()}
-        if parts != ["weight"]:
-            _split_parts(name, parts, update, names, problems)
-    raise_problems("this adapter does not fit this model", problems)
+        update.spec = told.spec
+        update.fingerprints = told.fingerprints
+        if told.parts != ["weight"]:
+            _split_parts(name, told.parts, update, names, problems)
 
 
 def _split_parts(name: str, parts: list[str], update: LayerUpdate, names: Names, problems: list[str]) -> None:
     A, B = update.factors["weight"]
-    if name not in names.modules:
-        problems.append(f"the file adapts {name}, which this model has not")
+    owner, child = names.parent(names.canonical[name]) if name in names.modules else (None, "")
+    if owner is None:
+        problems.append(f"the file adapts parts of {name}, which this model has not")
         return
-    owner, child = names.parent(names.canonical[name])
-    assert owner is not None, "a fused layer is held by the module that splits it"
     try:
         layout = layout_of(owner, child, names.modules[name], B.shape[0])
     except AdapterError as error:

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import enumerate_names, raise_problems
+from ...errors import enumerate_names
 from ...hosts import FusedHost
 from ...lowrank import stack_blocks
 from ...targets import Names
+from ...variants import LoRA
 from ..content import Content, LayerUpdate
-from .config import BIAS, alphas_of, spec_of
+from .config import BIAS, alphas_of, ranks_of, spec_of
+from .header import Account
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -52,47 +54,40 @@ def _key(name: str, suffix: str) -> str:
     return f"{_PREFIX}{name}.{suffix}" if name else f"{_PREFIX}{suffix}"
 
 
-def decode(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None, names: Names
-) -> Content:
+def decode(config: Mapping[str, Any], tensors: Mapping[str, Tensor], account: Account | None, names: Names) -> Content:
+    """Return what the tensors are; what is wrong with them goes into the content's `problems`."""
     problems: list[str] = []
+    base = spec_of(config, problems)
+    content = Content(base, bias=BIAS[config.get("bias") or "none"], problems=problems)
     factors: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         path = key.removeprefix(_PREFIX).replace("_orig_mod.", "")
+        in_copy = account is not None and any(path.startswith(f"{name}.") for name in account.copies)
+        factor = None if in_copy else _FACTOR.fullmatch(path)
         refused = next((what for token, what in _REFUSED_KEYS.items() if f".{token}" in f".{path}"), None)
-        factor = _FACTOR.fullmatch(path)
-        if refused:
-            problems.append(f"{key} is {refused}, which cannot be read yet")
-        elif factor and _is_factor_tail(factor["kind"], factor["rest"]):
+        if factor and _is_factor_tail(factor["kind"], factor["rest"]):
             kind = "A" if factor["kind"].endswith("A") else "B"
             found = factors.setdefault(factor["path"] or "", {})
             if kind in found:
                 problems.append(f"{key}: a second {kind} for the same layer (several adapters in one file?)")
             found[kind] = tensor
+        elif refused and not in_copy:
+            problems.append(f"{key} is {refused}, which cannot be read yet")
         elif factor and factor["rest"] == "" and not factor["kind"].startswith("lora_embedding"):
             problems.append(f"{key} has loralib's name, without .weight; it is not a tensor of PEFT's layout")
+        elif path in rest:
+            problems.append(f"{key} is in the file twice, with and without the prefix {_PREFIX}")
         else:
             rest[path] = tensor
-    base = spec_of(config, problems)
-    content = Content(base, bias=BIAS[config.get("bias") or "none"])
+    ranks = ranks_of(config, factors, problems)
     alphas = alphas_of(config, factors, problems)
     for path, pair in factors.items():
-        missing = {"A", "B"} - pair.keys()
-        if missing:
-            problems.append(f"{path}: the file lacks lora_{missing.pop()}")
-            continue
-        rank = pair["A"].shape[0]
-        if rank < 1 or pair["A"].dim() != 2 or pair["B"].dim() != 2:
-            problems.append(
-                f"{path}: lora_A {tuple(pair['A'].shape)} and lora_B {tuple(pair['B'].shape)} are no factors"
-            )
-            continue
-        spec = dataclasses.replace(base, rank=rank, alpha=alphas[path])
-        content.updates[path] = LayerUpdate(spec, {"weight": (pair["A"], pair["B"])})
-    _decode_rest(config, rest, header, names, content, problems)
-    raise_problems("this adapter does not fit this model", problems)
-    if header is None:
+        update = _update(path, pair, dataclasses.replace(base, rank=ranks[path], alpha=alphas[path]), problems)
+        if update is not None:
+            content.updates[path] = update
+    _decode_rest(config, rest, account, names, content)
+    if account is None:
         content.remarks += _gaps(config, content, names)
     return content
 
@@ -104,38 +99,54 @@ def _is_factor_tail(kind: str, rest: str) -> bool:
     return rest.endswith(".weight")
 
 
+def _update(path: str, pair: dict[str, Tensor], spec: LoRA, problems: list[str]) -> LayerUpdate | None:
+    missing = {"A", "B"} - pair.keys()
+    if missing:
+        problems.append(f"{path}: the file lacks lora_{missing.pop()}")
+        return None
+    A, B = pair["A"], pair["B"]
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+        problems.append(f"{path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of factors")
+        return None
+    if A.shape[0] != spec.rank:
+        problems.append(f"{path}: its factors have rank {A.shape[0]}, adapter_config.json says {spec.rank}")
+        return None
+    return LayerUpdate(spec, {"weight": (A, B)})
+
+
 def _decode_rest(
-    config: Mapping[str, Any],
-    rest: Mapping[str, Tensor],
-    header: Mapping[str, Any] | None,
-    names: Names,
-    content: Content,
-    problems: list[str],
+    config: Mapping[str, Any], rest: Mapping[str, Tensor], account: Account | None, names: Names, content: Content
 ) -> None:
     """Sort the tensors that are no factors into copies, biases, and tensors of the base that came along."""
     wanted = config.get("modules_to_save") or []
-    entries = [] if isinstance(wanted, str) else list(wanted)
-    copied = header["copies"] if header is not None else _modules_to_save(entries, rest, names)
+    entries = [] if isinstance(wanted, str) else [str(entry) for entry in wanted]
+    copied = account.copies if account is not None else _modules_to_save(entries, rest, names)
     for name in copied:
         content.copies[name] = {}
-    biases_are_trained = content.bias != "none"
     for path, tensor in rest.items():
-        plain = re.sub(r"(^|\.)modules_to_save\.(?:default\.)?", r"\1", path).replace(".base_layer.", ".")
+        plain = _plain_path(path, names)
         top = next((name for name in copied if plain.startswith(name + ".")), None)
         module, _, tensor_name = plain.rpartition(".")
-        if "original_module." in plain:
-            content.base[plain.replace("original_module.", "")] = tensor
-        elif top is not None:
+        if top is not None and "original_module." not in plain.removeprefix(top):
             content.copies[top][plain.removeprefix(top + ".")] = tensor
-        elif tensor_name == "bias" and biases_are_trained:
+        elif "original_module." in plain and module not in names.modules:
+            content.base[plain.replace("original_module.", "")] = tensor
+        elif tensor_name == "bias" and content.bias != "none":
             content.biases[module] = tensor
         else:
             content.base[plain] = tensor
-    if header is None and content.bias == "adapted":
+    if account is None and content.bias == "adapted":
         for name in content.updates:
             layer = names.modules.get(name)
             if layer is not None and layer._parameters.get("bias") is not None and name not in content.biases:
-                problems.append(f"{name}: bias is 'lora_only', and the file lacks its bias")
+                content.problems.append(f"{name}: bias is 'lora_only', and the file lacks its bias")
+
+
+def _plain_path(path: str, names: Names) -> str:
+    """Return a tensor's path without the names of PEFT's wrappers, unless the model has modules called so."""
+    if path.rpartition(".")[0] in names.modules:
+        return path
+    return re.sub(r"(^|\.)modules_to_save\.(?:default\.)?", r"\1", path).replace(".base_layer.", ".")
 
 
 def _modules_to_save(entries: list[str], rest: Mapping[str, Tensor], names: Names) -> list[str]:

@@ -1,0 +1,431 @@
+"""Cases that went wrong once: each test is named after what a user would have seen."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import Tensor, nn
+
+import lorank
+from lorank import AdapterError, LoRA
+from lorank.hosts import host_of
+
+from .. import models
+
+
+class Small(nn.Module):
+    """Two linear layers and a head that is a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+        self.b = nn.Linear(6, 6)
+        self.head = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, 6)
+
+
+# ---- the meta device, and weights that are elsewhere
+
+
+def test_an_adapter_left_on_the_meta_device_does_not_compute_garbage(x: Tensor) -> None:
+    base = Small()
+    with torch.device("meta"):
+        model: Any = Small()
+    lorank.adapt(model, LoRA(rank=2), ["a", "b"], bias="adapted", train_also=["head"])
+    with pytest.warns(lorank.AdapterWarning, match="train_also"):
+        model.load_state_dict(base.state_dict(), assign=True)
+    with pytest.raises(AdapterError, match=r"still on the meta device: load it, or call lorank\.reset"):
+        model(x)
+    lorank.reset(model)
+    assert torch.equal(model(x), base(x))
+    models.disturb(model)
+    y = model(x)
+    assert not torch.equal(y, base(x))
+    lorank.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_buffers_that_no_checkpoint_holds_are_reset_with_a_copy(x: Tensor) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+            self.register_buffer("shift", torch.full((6,), 7.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + self.shift
+
+    base = models.sequential(nn.Linear(6, 6), Shifted())
+    model = copy.deepcopy(base)
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    model[1].adapters["default"].to_empty(device="cpu")
+    lorank.reset(model)
+    assert torch.equal(model(x), base(x))
+
+
+def test_weights_that_accelerate_has_offloaded_are_refused() -> None:
+    model = Small()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(AdapterError, match="accelerate has offloaded its weights; adapt the model before"):
+        lorank.adapt(model, LoRA(rank=2), ["a"])
+
+
+def test_inference_mode_makes_nothing_trainable() -> None:
+    with torch.inference_mode(), pytest.raises(AdapterError, match=r"not under torch\.inference_mode"):
+        lorank.adapt(Small(), LoRA(rank=2), ["a"])
+
+
+# ---- modules that run what lies in them
+
+
+def test_a_head_that_is_a_sequence_is_trained_member_by_member(x: Tensor) -> None:
+    model = Small()
+    base = model(x)
+    plan = lorank.adapt(model, LoRA(rank=2), ["a"], train_also=["head"])
+    assert list(plan.copies) == ["head.0", "head.2"]
+    assert len(model.head) == 3
+    models.disturb(model)
+    y = model(x)
+    with lorank.disabled(model):
+        assert torch.equal(model(x), base)
+    with lorank.merged(model):
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_containers_that_run_their_members_themselves_are_refused() -> None:
+    class Custom(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return sum((module(x) for module in self), torch.zeros(()))
+
+    for container in (nn.ModuleList([nn.Linear(6, 6)]), Custom(nn.Linear(6, 6))):
+        model = nn.ModuleDict({"a": nn.Linear(6, 6), "heads": container})
+        with pytest.raises(AdapterError, match="runs whatever lies in it; name the modules in it"):
+            lorank.adapt(model, LoRA(rank=2), ["a"], train_also=["heads"])
+
+
+def test_modules_of_an_encoder_layer_are_refused_for_copies_and_biases_too() -> None:
+    model = models.sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    for part in ("norm1", "self_attn", "linear1", "self_attn.out_proj"):
+        with pytest.raises(AdapterError, match="reads its weight without calling it"):
+            lorank.adapt(model, LoRA(rank=2), ["0"], train_also=[part])
+    with pytest.raises(AdapterError, match=r"1\.norm1: TransformerEncoderLayer reads"):
+        lorank.adapt(model, LoRA(rank=2), ["0"], bias="all")
+    lorank.adapt(model, LoRA(rank=2), ["0", "!1"], bias="all")
+
+
+def test_biases_of_an_lstm_are_not_left_out_silently() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 6), "lstm": nn.LSTM(6, 6)})
+    with pytest.raises(AdapterError, match=r"cannot train lstm\.bias_ih_l0; exclude it with '!lstm'"):
+        lorank.adapt(model, LoRA(rank=2), ["a"], bias="all")
+
+
+# ---- hooks and arguments
+
+
+def test_hooks_of_a_copied_module_run_once(x: Tensor) -> None:
+    model = models.sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    calls: list[str] = []
+    model[1].register_forward_pre_hook(lambda module, args: calls.append("before"))
+    model[1].register_forward_hook(lambda module, args, y: 2 * y)
+    base = model(x)
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    calls.clear()
+    assert torch.equal(model(x), base)
+    assert calls == ["before"]
+
+
+def test_the_input_is_found_by_its_name(x: Tensor) -> None:
+    class Masked(nn.Linear):
+        def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+            y = super().forward(input)
+            return y if mask is None else y * mask
+
+    layer: Any = Masked(6, 6)
+    model = models.sequential(layer)
+    lorank.adapt(model, LoRA(rank=2), "0")
+    models.disturb(model)
+    assert torch.equal(layer(mask=torch.ones(6), input=x), layer(x))
+    assert torch.equal(layer(input=x), layer(x))
+
+
+# ---- several adapters on one layer
+
+
+def test_a_copy_and_anothers_bias_on_one_layer_merge_as_they_run(x: Tensor) -> None:
+    model = models.sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"], name="copy")
+    models.disturb(model)
+    lorank.adapt(model, LoRA(rank=2), "0", bias="all", name="bias")
+    models.disturb(model)
+    lorank.activate(model, "copy", "bias")
+    y = model(x)
+    with lorank.merged(model):
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    lorank.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_one_bias_leaves_anothers_effect(x: Tensor) -> None:
+    model = Small()
+    for name in ("one", "two"):
+        lorank.adapt(model, LoRA(rank=2), ["a"], bias="adapted", name=name)
+        models.disturb(model)
+    lorank.activate(model, "one", "two")
+    y = model(x)
+    lorank.merge(model, "one")
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_adapting_inside_a_disabled_block_leaves_what_was_active(x: Tensor) -> None:
+    model = Small()
+    lorank.adapt(model, LoRA(rank=2), ["a", "b"], name="old")
+    models.disturb(model)
+    y = model(x)
+    with lorank.disabled(model):
+        lorank.adapt(model, LoRA(rank=2), ["b"], name="new")
+    assert lorank.active_adapters(model) == ["old"]
+    assert torch.equal(model(x), y)
+
+
+def test_copying_inside_a_merged_block_is_refused() -> None:
+    model = Small()
+    lorank.adapt(model, LoRA(rank=2), ["a"])
+    with lorank.merged(model), pytest.raises(AdapterError, match="cannot copy"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+# ---- layers that are not what they seem
+
+
+class Doubling(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_an_odd_subclass_is_refused_on_every_way_in() -> None:
+    model = models.sequential(nn.Linear(6, 6), Doubling(6, 6))
+    with pytest.raises(AdapterError, match="Doubling does not compute"):
+        lorank.adapt(model, LoRA(rank=2), "0", bias="all")
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"], name="copy")
+    with pytest.raises(AdapterError, match="Doubling does not compute"):
+        lorank.adapt(model, LoRA(rank=2), "1", name="adapter")
+
+
+def test_an_odd_subclass_that_was_adapted_on_the_meta_device_is_found_when_merging() -> None:
+    with torch.device("meta"):
+        model = models.sequential(Doubling(6, 6))
+    lorank.adapt(model, LoRA(rank=2), "0")
+    model.load_state_dict(models.sequential(Doubling(6, 6)).state_dict(), assign=True)
+    lorank.reset(model)
+    with pytest.raises(AdapterError, match="Doubling does not compute"):
+        lorank.merge(model)
+
+
+def test_a_subclass_that_is_nearly_its_base_is_not_its_base() -> None:
+    class Nearly(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 1.01 * super().forward(input)
+
+    zeros = Doubling(6, 6)
+    for parameter in zeros.parameters():
+        nn.init.zeros_(parameter)
+    for layer in (Nearly(6, 6), zeros):
+        with pytest.raises(AdapterError, match="does not compute"):
+            host_of(layer)
+
+
+def test_a_norm_with_an_activation_has_no_bias_to_offset() -> None:
+    class NormAct(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).relu()
+
+    with pytest.raises(AdapterError, match=r"1: lorank does not know how NormAct applies its bias"):
+        lorank.adapt(models.sequential(nn.Linear(6, 6), NormAct(6)).eval(), LoRA(rank=2), "0", bias="all")
+
+
+def test_a_class_that_cannot_be_subclassed_is_refused_before_anything_changes() -> None:
+    class Strict(nn.Linear):
+        def __init_subclass__(cls, *, needed: int) -> None: ...
+
+    model = Small()
+    model.b = Strict(6, 6)
+    before = [(type(module), list(module.__dict__)) for module in model.modules()]
+    with pytest.raises(AdapterError, match="b: Strict cannot be subclassed"):
+        lorank.adapt(model, LoRA(rank=2), ["a", "b"])
+    assert [(type(module), list(module.__dict__)) for module in model.modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_expanded_weight_cannot_be_merged() -> None:
+    model = models.sequential(nn.Linear(6, 6))
+    model[0].weight = nn.Parameter(torch.randn(1, 6).expand(6, 6))
+    lorank.adapt(model, LoRA(rank=2), "0")
+    with pytest.raises(AdapterError, match="has an expanded weight"):
+        lorank.merge(model)
+
+
+def test_a_module_that_is_used_elsewhere_too_is_not_replaced_by_a_copy() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.dense(x))
+
+    class Probed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 6), Head()
+            self.probe = self.head.dense
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.head(x).sum(-1) + self.probe(x).sum(-1)
+
+    model = Probed()
+    lorank.adapt(model, LoRA(rank=2), "body", train_also=["head"])
+    with pytest.raises(AdapterError, match="modules in head are also used as probe"):
+        lorank.merge(model)
+
+
+def test_a_bias_that_float16_cannot_hold_is_refused() -> None:
+    model = models.sequential(nn.Linear(6, 6)).half()
+    lorank.adapt(model, LoRA(rank=2), "0", bias="adapted")
+    with torch.no_grad():
+        model[0].adapters["default"].bias.offset.fill_(1e5)
+    with pytest.raises(AdapterError, match="the merged bias is too large for float16"):
+        lorank.merge(model)
+
+
+# ---- what was changed since
+
+
+def test_a_module_replaced_after_adapt_does_not_stop_remove() -> None:
+    model = Small()
+    lorank.adapt(model, LoRA(rank=2), ["a"])
+    model.b = nn.Linear(6, 6, bias=False)
+    model.b.requires_grad_(False)
+    lorank.remove(model)
+    assert model.a.weight.requires_grad and model.b.weight.requires_grad
+    assert not any("lorank" in key for key in model.__dict__)
+
+
+def test_a_partial_checkpoint_is_not_taken_for_a_base() -> None:
+    model, fewer = Small(), Small()
+    lorank.adapt(model, LoRA(rank=2), ["a", "b"])
+    lorank.adapt(fewer, LoRA(rank=2), ["a"])
+    with pytest.raises(RuntimeError, match=r"Missing key.*b\.adapters\.default\.A"):
+        model.load_state_dict(fewer.state_dict())
+    model.load_state_dict(Small().state_dict())
+    lorank.remove(model)
+    assert not model._load_state_dict_post_hooks
+
+
+def test_a_base_loaded_under_a_trained_bias_keeps_the_training(x: Tensor) -> None:
+    model, other = Small(), Small()
+    lorank.adapt(model, LoRA(rank=2), ["a"], bias="adapted")
+    other_base = other(x)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(x), other_base)
+    lorank.adapt(other, LoRA(rank=2), ["a"], train_also=["b"])
+    with pytest.warns(lorank.AdapterWarning, match=r"keep the values they had: call lorank\.reset"):
+        other.load_state_dict(Small().state_dict())
+
+
+def test_statistics_that_training_would_move_are_told() -> None:
+    model = models.sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    with pytest.warns(lorank.AdapterWarning, match="1: training moves the running statistics"):
+        lorank.adapt(model, LoRA(rank=2), "0")
+    lorank.remove(model)
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    lorank.adapt(model.eval(), LoRA(rank=2), "0", name="other")
+
+
+def test_a_head_of_a_bfloat16_base_is_trained_in_float32() -> None:
+    model: Any = models.sequential(nn.Linear(64, 64), nn.Linear(64, 3)).to(torch.bfloat16)
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    x, y = torch.randn(32, 64, dtype=torch.bfloat16), torch.randint(3, (32,))
+    base = model(x)
+    assert base.dtype == torch.bfloat16
+    with lorank.disabled(model):
+        assert torch.equal(model(x), base)
+    weight = lorank.adapter_parameters(model)["1.adapters.default.weight"]
+    assert weight.dtype == torch.float32
+    before = weight.clone()
+    config = lorank.TrainConfig(steps=20, learning_rate=1e-5)  # below what bfloat16 weights of this size can follow
+    for _ in lorank.train(
+        lorank.adapter_parameters(model).values(),
+        lambda b: nn.functional.cross_entropy(model(x).float(), y),
+        [x],
+        config,
+    ):
+        pass
+    assert (weight != before).float().mean() > 0.99
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_regions_that_are_compiled_do_not_change_names(tmp_path: Any) -> None:
+    model, x = models.llama(), models.ids()
+    base = copy.deepcopy(model)
+    for i in range(2):
+        model.model.layers[i] = torch.compile(model.model.layers[i], backend="eager")
+    plan = lorank.adapt(model, LoRA(rank=2), ["q_proj"])
+    assert plan.layers[0] == "model.layers.0.self_attn.q_proj"
+    models.disturb(model)
+    lorank.save(model, tmp_path)
+    lorank.load(base, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(x).logits, model(x).logits)
+
+
+# ---- arguments of the wrong kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        *[
+            ({"spec": "lora"}, "the spec is 'lora'"),
+            ({"spec": LoRA}, "the spec is"),
+            ({"targets": None}, "targets are None"),
+        ],
+        *[
+            ({"targets": nn.Linear}, "target Linear is a class; select its layers with lambda"),
+            ({"ranks": 4}, "ranks is 4"),
+        ],
+        *[({"train_also": None}, "train_also is None"), ({"targets": "al-linear"}, "nearest: all-linear")],
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_answered(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(AdapterError, match=reason):
+        lorank.adapt(**({"model": Small(), "spec": LoRA(rank=2), "targets": "a"} | arguments))
+
+
+def test_a_lazy_module_elsewhere_is_no_obstacle() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 6), "lazy": nn.LazyLinear(6)})
+    assert lorank.plan(model, LoRA(rank=2), "a").base_parameters == 42
+
+
+def test_parameters_of_a_copy_that_are_no_numbers_are_not_trained(x: Tensor) -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 6)
+            self.steps = nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False)
+
+    model = models.sequential(nn.Linear(6, 6), Counting())
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    model(x).sum().backward()
+    assert "1.adapters.default.steps" not in lorank.adapter_parameters(model)
+    assert lorank.check(model) == []
