@@ -1,7 +1,13 @@
-"""Adapter files: one file a format. Each has `detect(path)`, `read(path, names)` and `write(content, path, model)`."""
+"""Adapter files: one module a format, with `detect(path)`, `read(path, names)` and `write(content, path, model)`.
 
+Importing the folder makes every module in it known that has these three; they are tried in the order of their names.
+"""
+
+import importlib
 import os
+import pkgutil
 from pathlib import Path
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -10,10 +16,33 @@ from ..errors import AdapterError, enumerate_names
 from ..planning import Plan, warn
 from ..surgery import only_adapter, require_name
 from ..targets import Names
-from . import peft
-from .content import fit, gather
+from .content import Content, LayerUpdate, fit, gather
 
-FORMATS = {"peft": peft}
+
+class Format(Protocol):
+    """What a module of this folder must have to be a format."""
+
+    def detect(self, path: Path) -> bool:
+        """Tell whether a path is an adapter in this format, by its content."""
+        ...
+
+    def read(self, path: Path, names: Names) -> Content:
+        """Read an adapter for a model with these module names."""
+        ...
+
+    def write(self, content: Content, path: Path, model: nn.Module) -> None:
+        """Write an adapter of a model."""
+        ...
+
+
+FORMATS: dict[str, Format] = {}
+
+for _found in pkgutil.iter_modules(__path__):
+    _module: Any = importlib.import_module(f"{__name__}.{_found.name}")
+    if hasattr(_module, "detect"):
+        FORMATS[_found.name] = _module
+
+__all__ = ["FORMATS", "Content", "Format", "LayerUpdate", "load", "save"]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, format: str = "peft") -> None:
@@ -69,13 +98,13 @@ def load(
     return loaded
 
 
-def _detect(path: Path):
+def _detect(path: Path) -> Format:
     if not path.exists():
         raise AdapterError(f"cannot load {path}: there is no such file or directory")
     for module in FORMATS.values():
         if module.detect(path):
             return module
-    inside = sorted(str(found.parent) for found in path.glob(f"*/{peft.CONFIG}")) if path.is_dir() else []
+    inside = sorted(str(found.parent) for found in path.glob("*/adapter_config.json")) if path.is_dir() else []
     hint = f"; there are adapters in {enumerate_names(inside)}" if inside else ""
     raise AdapterError(
         f"cannot load {path}: it is no adapter in a format that lorank reads ({', '.join(FORMATS)}){hint}"
