@@ -1,6 +1,7 @@
 """Adapted models among the tools that people use around them."""
 
 import copy
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -150,6 +151,22 @@ def test_switching_a_compiled_model_runs_the_right_adapter() -> None:
     for names in (("a",), ("b",), ("a", "b"), (), ("a",)):
         lorank.activate(model, *names)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_inductor_compiles_forward_and_backward() -> None:
+    model, x = models.Plain(), models.ids()
+    lorank.adapt(model, LoRA(rank=2), ["up", "embed"], train_also=["head"])
+    models.disturb(model)
+    compiled = torch.compile(model, fullgraph=True)
+    model(x).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in lorank.adapter_parameters(model).items()}
+    model.zero_grad()
+    compiled(x).square().sum().backward()
+    for name, parameter in lorank.adapter_parameters(model).items():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4)
 
 
 def test_a_load_that_assigns_keeps_the_optimisers_parameters_when_the_checkpoint_is_the_base() -> None:
