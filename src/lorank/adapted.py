@@ -312,3 +312,13 @@ def require_not_folded(model: nn.Module, action: str) -> None:
     """Raise AdapterError inside a `merged` block, where the weights are not the base's."""
     if any(layer.adapters.folded for layer in adapted_layers(model).values()):
         raise AdapterError(f"{action}: not inside `with lorank.merged(model)`; leave the block first")
+
+
+def require_not_sharded(model: nn.Module, action: str) -> None:
+    """Raise AdapterError for a model of which each process holds a part."""
+    for name, parameter in model.named_parameters():
+        if type(parameter).__module__.startswith("torch.distributed"):
+            raise AdapterError(
+                f"{action}: {name} is a {type(parameter).__name__}, sharded over processes; save the adapter, and do "
+                "this with a whole model that has loaded it"
+            )

@@ -15,6 +15,7 @@ from .adapted import (
     detach,
     entries,
     require_not_folded,
+    require_not_sharded,
     unwrapped,
     why_not_detachable,
 )
@@ -153,6 +154,7 @@ def merged(model: nn.Module, name: str | None = None) -> Iterator[MergeReport]:
 
 def _prepare(model: nn.Module, name: str | None, action: str) -> tuple[list[_Job], list[str]]:
     require_not_folded(model, f"cannot {action}")
+    require_not_sharded(model, f"cannot {action}")
     names = named_or_active(model, name, action)
     problems = why_not_together(model, names)
     by_layer: dict[str, tuple[Adapted, list[nn.Module]]] = {}

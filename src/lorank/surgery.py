@@ -17,6 +17,7 @@ from .adapted import (
     entries,
     pristine_copy,
     require_not_folded,
+    require_not_sharded,
     require_whole_checkpoint,
     unwrapped,
     why_not_detachable,
@@ -211,6 +212,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     """
     model = unwrapped(model)
     require_not_folded(model, "cannot remove")
+    require_not_sharded(model, "cannot remove")
     chosen = name if name is not None else only_adapter(model, "remove")
     found = entries(model, require_name(model, chosen, "remove"))
     reasons = {layer_name: why_not_detachable(layer) for layer_name, (layer, _) in found.items()}
