@@ -35,6 +35,8 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[di
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks_run_and_print_what_is_shown(page: Path, surroundings: dict[str, Any]) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("```") == 2 * len(BLOCK.findall(text)), "a block of a kind that is not run"
     printed = ""
     for kind, block in BLOCK.findall(page.read_text(encoding="utf-8")):
         if kind == "text":

@@ -31,9 +31,11 @@ class Adapters(nn.Module):
         self.active: tuple[str, ...] = ()  # in the order of activation, only names that are here
         self.updates: tuple[str, ...] = ()  # of these, the ones added to the layer's output
         self.stand_in: str | None = None  # of these, the copy that runs instead of the layer
+        self.layer_names: dict[str, str] = {}  # what the layer is called in the model each adapter was put on
         self.folded: tuple[str, ...] = ()  # names that `merged` has folded into the weights for now
         self.absent: str | None = None  # the prefix of its keys, when the checkpoint last loaded had none of them
         self.register_load_state_dict_post_hook(_allow_base_checkpoint)
+        self._register_state_dict_hook(_leave_out_folded)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,11 +55,21 @@ class Adapters(nn.Module):
         self.stand_in = copies[0] if copies else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.folded:
+            raise AdapterError("cannot load a state dict inside `with lorank.merged(model)`; leave the block first")
         self.absent = None if any(key.startswith(prefix) for key in state_dict) else prefix
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"active={list(self.active)}"
+
+
+def _leave_out_folded(adapters: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave adapters out of a state dict taken in a `merged` block: its weights hold them already."""
+    assert isinstance(adapters, Adapters)
+    if adapters.folded:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
 
 
 def _allow_base_checkpoint(adapters: nn.Module, incompatible: _IncompatibleKeys) -> None:
@@ -120,7 +132,7 @@ class Adapted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy by the layer's own class: the mixed one is made on the fly and has no address."""
         if self.adapters.folded:
-            raise AdapterError("cannot copy: not inside `with lorank.merged(model)`; leave the block first")
+            raise AdapterError("cannot copy a model inside `with lorank.merged(model)`; leave the block first")
         _, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         return (_rebuild, (base_class(self), *arguments[1:]), *state)
 
@@ -153,8 +165,11 @@ def base_class(layer: nn.Module) -> type[nn.Module]:
     return mro[mro.index(Adapted) + 1] if Adapted in mro else type(layer)
 
 
-def attach(layer: nn.Module, name: str, entry: nn.Module) -> None:
-    """Give a layer one more adapter, inactive and in the layer's own train or eval mode."""
+def attach(layer: nn.Module, layer_name: str, name: str, entry: nn.Module) -> None:
+    """Give a layer one more adapter, inactive and in the layer's own train or eval mode.
+
+    layer_name: what the layer is called in the model that is adapted.
+    """
     if not isinstance(layer, Adapted):
         base = type(layer)
         layer.add_module("adapters", Adapters())
@@ -162,13 +177,14 @@ def attach(layer: nn.Module, name: str, entry: nn.Module) -> None:
         _redirect(layer, base.forward, Adapted.forward)
     adapters = cast(Adapted, layer).adapters
     adapters.add_module(name, entry)
+    adapters.layer_names[name] = layer_name
     adapters.train(layer.training)
 
 
 def detach(layer: nn.Module, name: str) -> None:
     """Take an adapter from a layer; with the last one the layer is again what it was before the first."""
     adapters = cast(Adapted, layer).adapters
-    del adapters._modules[name]
+    del adapters._modules[name], adapters.layer_names[name]
     adapters.activate(adapters.active)
     if not adapters.names:
         _restore_class(layer)
@@ -247,6 +263,8 @@ def pristine_copy(module: nn.Module) -> nn.Module:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the user's model inside `torch.compile`'s and DistributedDataParallel's wrappers."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"the first argument must be the model, a torch.nn.Module; it is a {type(model).__name__}")
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
@@ -308,10 +326,21 @@ def entries(model: nn.Module, name: str) -> dict[str, tuple[Adapted, nn.Module]]
     }
 
 
+def require_whole_model(model: nn.Module, name: str, action: str) -> None:
+    """Raise AdapterError for a part of the model that an adapter was put on: the rest of its base is frozen too."""
+    for layer_name, (layer, _) in entries(model, name).items():
+        full_name = layer.adapters.layer_names[name]
+        if len(full_name) > len(layer_name) and full_name.endswith(layer_name):
+            raise AdapterError(
+                f"{action}: adapter '{name}' was put on a larger model, in which '{layer_name}' is '{full_name}'; "
+                "give that one"
+            )
+
+
 def require_not_folded(model: nn.Module, action: str) -> None:
     """Raise AdapterError inside a `merged` block, where the weights are not the base's."""
     if any(layer.adapters.folded for layer in adapted_layers(model).values()):
-        raise AdapterError(f"{action}: not inside `with lorank.merged(model)`; leave the block first")
+        raise AdapterError(f"{action} inside `with lorank.merged(model)`; leave the block first")
 
 
 def require_not_sharded(model: nn.Module, action: str) -> None:

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .hosts import NoHost, has_host, host_of, overrides_forward, plain_parameter
+from .hosts import NoHost, has_host, host_of, overrides_forward, plain_parameter, registered_host
 from .variants import Adapter, materialised, on_device_of
 
 # Layers whose output is f(x) + bias, with the dimensions of the output that come after the bias's own.
@@ -55,7 +55,7 @@ class BiasOffset(Adapter):
         self.offset = nn.Parameter(torch.zeros(bias.shape, device=bias.device, dtype=dtype))  # (out,)
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + broadcast_bias(layer, materialised(self.offset, y), y).to(y.dtype)
+        return y + broadcast_bias(layer, materialised(self.offset, y), y.dim()).to(y.dtype)
 
     def reset_parameters(self, layer: nn.Module) -> None:
         self.offset = on_device_of(self.offset, plain_parameter(layer, "bias"))
@@ -85,9 +85,12 @@ def why_no_bias_offset(layer: nn.Module) -> str | None:
     return f"lorank does not know how {type(layer).__name__} applies its bias"
 
 
-def broadcast_bias(layer: nn.Module, bias: Tensor, y: Tensor) -> Tensor:
-    """View a vector like the layer's bias so that it broadcasts against its output y."""
-    trailing = _trailing_dimensions(layer, y.dim())
+def broadcast_bias(layer: nn.Module, bias: Tensor, dimensions: int) -> Tensor:
+    """View a vector like the layer's bias so that it broadcasts against an output of so many dimensions."""
+    host = registered_host(layer)
+    if host is not None:
+        return host.channel(layer, "weight", bias)
+    trailing = _trailing_dimensions(layer, dimensions)
     return bias.view(*bias.shape, *[1] * trailing) if trailing else bias
 
 

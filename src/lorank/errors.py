@@ -32,13 +32,14 @@ def nearest(name: str, known: Iterable[str], limit: int = 4) -> list[str]:
     """Return the names in `known` that are most like `name`, best first; `[]` when none is near."""
     from difflib import get_close_matches  # imported when something has gone wrong, not with the package
 
-    return get_close_matches(name, sorted(set(known)), n=limit, cutoff=0.5)
+    originals = {other.lower(): other for other in sorted(set(known))}
+    return [originals[near] for near in get_close_matches(name.lower(), originals, n=limit, cutoff=0.5)]
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known are") -> str:
     """Return the end of a message about an unknown name: the nearest known ones, or all of them."""
-    known = sorted(set(known))
+    known = sorted({other for other in known if other})
     near = nearest(name, known)
     if near:
         return f"nearest: {', '.join(near)}"
-    return f"{otherwise} {enumerate_names(known)}" if known else f"{otherwise} none"
+    return f"{otherwise} {enumerate_names(known)}" if known else "there are none"

@@ -27,6 +27,8 @@ class Fingerprint:
     @staticmethod
     def from_json(fields: dict[str, str]) -> "Fingerprint":
         samples = array("f", base64.b64decode(fields["samples"]))
+        if not isinstance(getattr(torch, fields["dtype"], None), torch.dtype) or len(samples) != SAMPLES:
+            raise ValueError(f"a fingerprint of {len(samples)} samples in {fields['dtype']!r}")
         return Fingerprint(fields["dtype"], torch.tensor(samples.tolist(), dtype=torch.float32, device="cpu"))
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .adapted import base_modules, entries, unwrapped
-from .errors import AdapterError, raise_problems
+from .adapted import active_adapters, adapter_names, base_modules, entries, unwrapped
+from .errors import AdapterError, enumerate_names, raise_problems
 from .surgery import adapter_parameters, named_or_active
 from .variants import Adapter, LoRAAdapter
 
@@ -16,25 +16,39 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
     there. On the first step one factor of each pair is zero, so the other's gradient is zero too, and that is in
     order. With `moved=True`, after a few optimiser steps, every factor must have a gradient: a pair of which one
     still has none never left its start. Returns remarks that are no errors: how many tokens of an adapted
-    embedding did not occur.
+    embedding did not occur, and dropout that does nothing because the model is in eval mode.
 
     Raises AdapterError that names every parameter without a gradient, and the likely cause.
     """
     model = unwrapped(model)
     problems: list[str] = []
     remarks: list[str] = []
+    if name is not None and name in adapter_names(model) and name not in active_adapters(model):
+        raise AdapterError(f"cannot check: adapter '{name}' is not active, so that it gets no gradient")
     chosen = named_or_active(model, name, "check")
     parameters = {key: p for adapter in chosen for key, p in adapter_parameters(model, adapter).items()}
     if all(parameter.grad is None for parameter in parameters.values()):
         raise AdapterError("cannot check: " + _why_no_gradient(model, chosen))
+    dropout: dict[str, float] = {}
+    unmoved: list[str] = []
     idle: set[int] = set()  # factors that may stand still, because their partner moves first
     for adapter in chosen:
         for layer_name, (_, entry) in entries(model, adapter).items():
             for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
                 if isinstance(leaf, LoRAAdapter):
+                    if leaf.spec.dropout and not leaf.training:
+                        dropout[adapter] = leaf.spec.dropout
+                    if moved and not (leaf.A.detach().any() and leaf.B.detach().any()):
+                        unmoved.append(layer_name)
                     if not moved:
                         idle |= {id(a) for a, b in ((leaf.A, leaf.B), (leaf.B, leaf.A)) if _has_gradient(b)}
                     remarks += _unseen_tokens(layer_name, leaf)
+    remarks += [f"'{a}': dropout {p} has no effect in eval mode; model.train() turns it on" for a, p in dropout.items()]
+    if unmoved:
+        problems.append(
+            f"{enumerate_names(unmoved, 3)}: a factor is still zero after your steps; is it in the optimiser? Make "
+            "that from lorank.adapter_parameters(model), after adapt"
+        )
     for key, parameter in parameters.items():
         problem = _gradient_problem(parameter, idle=id(parameter) in idle)
         if problem:

@@ -16,6 +16,7 @@ from .adapted import (
     entries,
     require_not_folded,
     require_not_sharded,
+    require_whole_model,
     unwrapped,
     why_not_detachable,
 )
@@ -103,7 +104,9 @@ def merge(model: nn.Module, name: str | None = None) -> MergeReport:
     layers that were sharded. Warns when a layer loses more than half of its update to rounding.
     """
     model = unwrapped(model)
-    jobs, names = _prepare(model, name, "merge")
+    jobs, names = _prepare(model, name)
+    for adapter in names:
+        require_whole_model(model, adapter, "cannot merge")
     reasons = {job.name: why_not_detachable(job.layer) for job in jobs}
     raise_problems("cannot merge", [f"{layer}: {reason}" for layer, reason in reasons.items() if reason])
     rows: list[MergeRow] = []
@@ -135,7 +138,7 @@ def merged(model: nn.Module, name: str | None = None) -> Iterator[MergeReport]:
     switched or saved. Raises AdapterError as `merge` does.
     """
     model = unwrapped(model)
-    jobs, names = _prepare(model, name, "merge")
+    jobs, names = _prepare(model, name)
     active = {id(layer): (layer, layer.adapters.active) for layer in adapted_layers(model).values()}
     saved = [(tensor, tensor.detach().clone()) for job in jobs for tensor in job.written()]
     try:
@@ -152,10 +155,10 @@ def merged(model: nn.Module, name: str | None = None) -> Iterator[MergeReport]:
             layer.adapters.activate(names_before)
 
 
-def _prepare(model: nn.Module, name: str | None, action: str) -> tuple[list[_Job], list[str]]:
-    require_not_folded(model, f"cannot {action}")
-    require_not_sharded(model, f"cannot {action}")
-    names = named_or_active(model, name, action)
+def _prepare(model: nn.Module, name: str | None) -> tuple[list[_Job], list[str]]:
+    require_not_folded(model, "cannot merge")
+    require_not_sharded(model, "cannot merge")
+    names = named_or_active(model, name, "merge")
     problems = why_not_together(model, names)
     by_layer: dict[str, tuple[Adapted, list[nn.Module]]] = {}
     for adapter in names:
@@ -165,7 +168,7 @@ def _prepare(model: nn.Module, name: str | None, action: str) -> tuple[list[_Job
     ties = Ties(model)
     for job in jobs:
         problems += _job_problems(job, ties)
-    raise_problems(f"cannot {action}", problems)
+    raise_problems("cannot merge", problems)
     return jobs, names
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .adapted import Adapted, Adapters, adapter_names, base_modules, unwrapped, why_not_attachable
+from .adapted import Adapted, Adapters, adapter_names, base_class, base_modules, unwrapped, why_not_attachable
 from .companions import why_no_bias_offset
 from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
 from .hosts import FusedHost, Host, NoHost, host_of, layout_of, overrides_forward
@@ -46,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an adapter consists of. Printing it shows a table; layers that differ only in number share a line."""
+    """What an adapter consists of. Printing it shows a table; layers that differ only in numbers share a line."""
 
     adapter: str
     spec: Spec
@@ -71,29 +71,23 @@ class Plan:
         return sum(place.parameters for place in self.places) + copies + biases
 
     def __str__(self) -> str:
-        rows: dict[tuple[str, ...], tuple[int, int]] = {}
+        rows: dict[tuple[str, ...], tuple[list[str], int]] = {}
 
-        def add(what: str, kind: str, shape: str, spec: str, parameters: int) -> None:
-            key = (re.sub(r"\b\d+\b", "*", what), kind, shape, spec)
-            count, total = rows.get(key, (0, 0))
-            rows[key] = (count + 1, total + parameters)
+        def add(what: str, layer: nn.Module, shape: str, spec: str, parameters: int) -> None:
+            key = (re.sub(r"\b\d+\b", "*", what), base_class(layer).__name__, shape, spec)
+            names, total = rows.get(key, ([], 0))
+            rows[key] = ([*names, what], total + parameters)
 
         for place in self.places:
             scale = f"rank {place.spec.rank}, alpha {place.spec.alpha:g}"
-            add(place.label, type(place.layer).__name__, " x ".join(map(str, place.shape)), scale, place.parameters)
+            add(place.label, place.layer, " x ".join(map(str, place.shape)), scale, place.parameters)
         for name, module in self.copies.items():
-            add(
-                name,
-                type(module).__name__,
-                "",
-                "trained whole, as a copy",
-                count(own_parameters(module)),
-            )
+            add(name, module, "", "trained whole, as a copy", count(own_parameters(module)))
         for name, module in self.biases.items():
             bias = module.get_parameter("bias")
-            add(f"{name}.bias", type(module).__name__, str(bias.numel()), "trained", bias.numel())
+            add(f"{name}.bias", module, str(bias.numel()), "trained", bias.numel())
         table = [("layers", "", "kind", "out x in", "", "parameters")]
-        table += [(k[0], f"x {count}", *k[1:], f"{total:,}") for k, (count, total) in rows.items()]
+        table += [(_joined(names), f"x {len(names)}", *k[1:], f"{total:,}") for k, (names, total) in rows.items()]
         widths = [max(len(row[i]) for row in table) for i in range(6)]
         lines = [
             "  ".join(
@@ -113,6 +107,21 @@ class Plan:
         return "\n".join(lines)
 
 
+def _joined(names: Sequence[str]) -> str:
+    """Return names that differ only in numbers as one: `layers.{0-11}.q_proj`, `layers.{1,3}.q_proj`."""
+    numbers_of = [[int(number) for number in re.findall(r"\b\d+\b", name)] for name in names]
+    columns = [sorted(set(column)) for column in zip(*numbers_of, strict=True)]
+
+    def text(numbers: list[int]) -> str:
+        if len(numbers) == 1:
+            return str(numbers[0])
+        consecutive = numbers == list(range(numbers[0], numbers[-1] + 1))
+        return f"{{{numbers[0]}-{numbers[-1]}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"
+
+    replacements = iter([text(column) for column in columns])
+    return re.sub(r"\b\d+\b", lambda match: next(replacements), names[0])
+
+
 def plan(
     model: nn.Module,
     spec: Spec,
@@ -124,13 +133,14 @@ def plan(
     train_also: str | Sequence[str] = (),
     bias: Bias = "none",
 ) -> Plan:
-    """Return what `adapt` with the same arguments would do. Nothing is changed and no weight is read.
+    """Return what `adapt` with the same arguments would do. Nothing is changed.
 
     Works on the meta device. Arguments and errors are those of `adapt`.
     """
     model = unwrapped(model)
     if not isinstance(spec, Spec):
-        raise AdapterError(f"cannot adapt: the spec is {spec!r}; give one such as lorank.LoRA(rank=8)")
+        what = spec if isinstance(spec, str | type) else type(spec).__qualname__
+        raise AdapterError(f"cannot adapt: the spec is {what!r}; give one such as lorank.LoRA(rank=8)")
     names = Names(model)
     selection = select(model, targets, names)
     problems = name_problems(model, name) + selection.problems
@@ -190,7 +200,7 @@ def name_problems(model: nn.Module, name: str) -> list[str]:
     if not isinstance(name, str) or not name or "." in name or "/" in name:
         return [f"adapter name {name!r} must be a non-empty string without '.' and '/'"]
     if hasattr(Adapters(), name):
-        return [f"adapter name '{name}' is the name of a method of torch modules; choose another"]
+        return [f"adapter name '{name}' is an attribute that every torch module has; choose another"]
     taken = adapter_names(model)
     if name in taken:
         return [

@@ -19,6 +19,7 @@ from .adapted import (
     require_not_folded,
     require_not_sharded,
     require_whole_checkpoint,
+    require_whole_model,
     unwrapped,
     why_not_detachable,
 )
@@ -77,7 +78,7 @@ def adapt(
             built[module_name] = pristine_copy(module)
         except (RuntimeError, TypeError) as error:
             raise AdapterError(f"cannot adapt: train_also: {module_name} cannot be copied: {error}") from error
-    install(model, name, [(layers[layer_name], entry) for layer_name, entry in built.items()], activate=activate)
+    install(model, name, {n: (layers[n], entry) for n, entry in built.items()}, activate=activate)
     planning.warn(made)
     return made
 
@@ -88,13 +89,13 @@ def require_no_inference_mode(action: str) -> None:
         raise AdapterError(f"{action}: not under torch.inference_mode, in which no trainable parameter can be made")
 
 
-def install(model: nn.Module, name: str, built: Sequence[tuple[nn.Module, nn.Module]], *, activate: bool) -> None:
-    """Freeze the base and attach finished adapters, (layer, entry). If that fails, nothing has changed."""
+def install(model: nn.Module, name: str, built: Mapping[str, tuple[nn.Module, nn.Module]], *, activate: bool) -> None:
+    """Freeze the base and attach finished adapters, {layer name: (layer, entry)}; a failure is taken back."""
     attached: list[nn.Module] = []
     freeze_base(model)
     try:
-        for layer, entry in built:
-            attach(layer, name, entry)
+        for layer_name, (layer, entry) in built.items():
+            attach(layer, layer_name, name, entry)
             attached.append(layer)
     except BaseException:
         for layer in attached:
@@ -140,6 +141,7 @@ def reset(model: nn.Module, name: str | None = None) -> None:
     Without a name it is the active adapters that are reset.
     """
     model = unwrapped(model)
+    require_not_folded(model, "cannot reset")
     for chosen in named_or_active(model, name, "reset"):
         for layer, entry in entries(model, chosen).values():
             if isinstance(entry, Adapter):
@@ -174,6 +176,8 @@ def activate(model: nn.Module, *names: str) -> None:
     model = unwrapped(model)
     require_not_folded(model, "cannot activate")
     known = adapter_names(model)
+    if not all(isinstance(name, str) for name in names):
+        raise AdapterError(f"cannot activate: names are strings, one argument each; got {', '.join(map(repr, names))}")
     problems = [
         f"no adapter '{name}'; {did_you_mean(name, known, 'adapters here are')}" for name in names if name not in known
     ]
@@ -193,15 +197,19 @@ def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Run the base inside the block, with its own heads and biases; afterwards the same adapters are active."""
+    """Run the base inside the block, with its own heads and biases; afterwards the same adapters are active.
+
+    An adapter that is added inside the block is not active after it.
+    """
     model = unwrapped(model)
     require_not_folded(model, "cannot disable adapters")
-    before = tuple(active_adapters(model))
+    before = {id(layer): layer.adapters.active for layer in adapted_layers(model).values()}
     set_active(model, ())
     try:
         yield
     finally:
-        set_active(model, before)  # an adapter that the block removed is no longer among them
+        for layer in adapted_layers(model).values():  # the block may have removed an adapter, or added one
+            layer.adapters.activate(before.get(id(layer), ()))
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
@@ -215,6 +223,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     require_not_sharded(model, "cannot remove")
     chosen = name if name is not None else only_adapter(model, "remove")
     found = entries(model, require_name(model, chosen, "remove"))
+    require_whole_model(model, chosen, "cannot remove")
     reasons = {layer_name: why_not_detachable(layer) for layer_name, (layer, _) in found.items()}
     raise_problems("cannot remove", [f"{layer_name}: {reason}" for layer_name, reason in reasons.items() if reason])
     for layer, _ in found.values():
@@ -225,8 +234,9 @@ def remove(model: nn.Module, name: str | None = None) -> None:
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
     """Return what an adapter trains, {parameter name: Parameter}, for any optimiser.
 
-    The names are those of `model.named_parameters()`: factors, and the copies and biases of `train_also` and
-    `bias`. Without a name it is the active adapters'.
+    Factors, and the copies and biases of `train_also` and `bias`. The names are those of
+    `model.named_parameters()`, without what compiling a part of the model adds to them. Without a name it is the
+    active adapters' parameters.
     """
     model = unwrapped(model)
     found: dict[str, nn.Parameter] = {}

@@ -18,7 +18,7 @@ from typing import TypeAlias
 from torch import nn
 
 from .adapted import base_modules
-from .errors import did_you_mean, enumerate_names
+from .errors import did_you_mean, enumerate_names, nearest
 from .hosts import NoHost, has_host, host_of, read_without_call
 
 Target: TypeAlias = str | Callable[[str, nn.Module], bool]
@@ -121,7 +121,7 @@ def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
         selection.problems.append("no targets were given")
     for target in wanted:
         if isinstance(target, str) and target.startswith("!"):
-            _exclude(target, names, selection)
+            _exclude(target, model, names, selection)
     for target in wanted:
         if isinstance(target, type):
             selection.problems.append(
@@ -132,16 +132,16 @@ def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
             _select_by_function(target, names, selection)
         elif not isinstance(target, str):
             selection.problems.append(f"target {target!r} is neither a string nor a function (name, layer) -> bool")
-        elif target == "all-linear":
-            _select_all_linear(model, names, selection)
-        elif target == "attention":
-            _select_attention(names, selection)
+        elif target in _WORDS:
+            _WORDS[target](model, names, selection)
         elif not target.startswith("!"):
             _select_by_name(target, names, selection)
     for name in selection.layers.keys() & selection.excluded:
         del selection.layers[name]
     if not selection.layers and not selection.problems:
-        selection.problems.append("the targets exclude every layer that they select")
+        only = all(isinstance(target, str) and target.startswith("!") for target in wanted)
+        what = "only exclude; add what to select, such as 'all-linear'" if only else "exclude every layer they select"
+        selection.problems.append(f"the targets {what}")
     order = {name: i for i, name in enumerate(names.modules)}
     selection.layers = dict(sorted(selection.layers.items(), key=lambda item: order[item[0]]))
     return selection
@@ -179,12 +179,17 @@ def _within(name: str, top: str) -> bool:
     return name == top or name.startswith(top + ".")
 
 
-def _exclude(target: str, names: Names, selection: Selection) -> None:
+def _exclude(target: str, model: nn.Module, names: Names, selection: Selection) -> None:
     pattern, parts = parse_parts(target[1:])
     if parts is not None:
         selection.problems.append(f"'{target}' excludes parts; name the parts that are wanted instead")
         return
-    found, problem = find_modules(pattern, names)
+    if pattern in _WORDS:
+        by_word = Selection()
+        _WORDS[pattern](model, names, by_word)
+        found, problem = list(by_word.layers), next(iter(by_word.problems), None)
+    else:
+        found, problem = find_modules(pattern, names)
     if problem:
         selection.problems.append(f"exclusion {problem}")
     for top in found:
@@ -212,10 +217,7 @@ def _select_by_name(target: str, names: Names, selection: Selection) -> None:
     chosen = [name for name in found if has_host(names.modules[name])] if is_pattern else found
     chosen = [name for name in chosen if name not in selection.excluded]
     if not chosen and not (found and selection.excluded.issuperset(found)):
-        endings = [*names.endings(has_host), "all-linear", "attention"]
-        selection.problems.append(
-            f"target '{target}' selects no layer; {did_you_mean(pattern, endings, 'layers here end in')}"
-        )
+        selection.problems.append(f"target '{target}' selects no layer; {_hint(pattern, names)}")
     refused: dict[str, list[str]] = {}
     for name in chosen:
         reason = names.why_not(name)
@@ -229,6 +231,16 @@ def _select_by_name(target: str, names: Names, selection: Selection) -> None:
         selection.problems.append(
             f"target '{target}' selects {enumerate_names(layers, 3)}, which cannot be adapted: {reason}{hint}"
         )
+
+
+def _hint(pattern: str, names: Names) -> str:
+    endings = names.endings(has_host)
+    if re.search(r"[\\(|^$]", pattern) and not pattern.startswith("re:"):
+        return f"for a regular expression write 're:{pattern}'"
+    near = nearest(pattern, [*endings, "all-linear", "attention"])
+    if near:
+        return f"nearest: {', '.join(near)}"
+    return f"layers here end in {enumerate_names(endings)}" if endings else "this model has no layer to adapt"
 
 
 def _select_by_function(target: Callable[[str, nn.Module], bool], names: Names, selection: Selection) -> None:
@@ -267,11 +279,12 @@ def _select_all_linear(model: nn.Module, names: Names, selection: Selection) -> 
         elif name not in selection.excluded:
             selection.left_out[name] = reason
     if not chosen:
-        what = "only the output head" if candidates else "no linear layer"
-        selection.problems.append(f"target 'all-linear' finds {what} in this model")
+        reasons = dict.fromkeys(selection.left_out.get(name, "excluded") for name in candidates)
+        what = f"no linear layer to adapt in this model{': ' if reasons else ''}{'; '.join(reasons)}"
+        selection.problems.append(f"target 'all-linear' finds {what}")
 
 
-def _select_attention(names: Names, selection: Selection) -> None:
+def _select_attention(model: nn.Module, names: Names, selection: Selection) -> None:
     attentions = [name for name, module in names.modules.items() if "attention" in type(module).__name__.lower()]
     linear = _linear_like(names)
     chosen: set[str] = set()
@@ -297,3 +310,6 @@ def _select_attention(names: Names, selection: Selection) -> None:
     elif chosen <= selection.left_out.keys():
         reasons = dict.fromkeys(selection.left_out[name] for name in sorted(chosen))
         selection.problems.append(f"target 'attention' finds no layer that can be adapted: {'; '.join(reasons)}")
+
+
+_WORDS = {"all-linear": _select_all_linear, "attention": _select_attention}

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 import lorank
 from lorank.adapted import Adapted, adapted_layers
-from lorank.variants import Spec
+from lorank.hosts import FusedHost, host_of
+from lorank.variants import Adapter, LoRAAdapter, Spec
 
 from ..models import disturb
 from .cases import CASES, SPECS, Case
@@ -90,13 +92,24 @@ def test_merged_equals_unmerged(case: Case, spec: Spec) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_a_merge_is_the_rounded_float32_merge(case: Case, spec: Spec, dtype: torch.dtype) -> None:
-    model, _ = adapted(case, spec)
-    model.to(dtype)
-    wide = copy.deepcopy(model).float()
-    lorank.merge(wide)
+    model = case.model().to(dtype)
+    lorank.adapt(model, spec, case.targets)
+    disturb(model)
+    assert {p.dtype for p in lorank.adapter_parameters(model).values()} == {torch.float32}
+    expected: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(model).items():
+        W = host_of(layer).matrix(layer, "weight").detach().float()
+        for leaf in cast(Adapter, layer.adapters["default"]).leaves():
+            assert isinstance(leaf, LoRAAdapter)
+            delta = leaf.scale * leaf.B.detach() @ leaf.A.detach()
+            W = W + (leaf.host.whole(leaf.part, delta) if isinstance(leaf.host, FusedHost) else delta)
+        expected[name] = W.to(dtype)
     lorank.merge(model)
-    rounded = {name: tensor.to(dtype) for name, tensor in wide.state_dict().items()}
-    assert same_bits(bits(model), rounded)
+    for name, W in expected.items():
+        merged = host_of(model.get_submodule(name)).matrix(model.get_submodule(name), "weight")
+        ulp = W.abs().float() * torch.finfo(dtype).eps
+        assert ((merged.float() - W.float()).abs() <= ulp).all()
+        assert (merged != W).float().mean() < 1e-2  # a half may fall the other way in another order of products
 
 
 def test_a_merged_block_computes_the_same_and_restores_the_bits(case: Case, spec: Spec) -> None:
@@ -180,6 +193,12 @@ def test_a_compiled_model_has_no_graph_break(case: Case, spec: Spec) -> None:
     y = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), y, rtol=1e-5, atol=1e-5)
+    model(x).square().sum().backward()
+    gradients = [parameter.grad for parameter in lorank.adapter_parameters(model).values()]
+    model.zero_grad()
+    compiled(x).square().sum().backward()
+    compiled_gradients = [parameter.grad for parameter in lorank.adapter_parameters(model).values()]
+    torch.testing.assert_close(compiled_gradients, gradients, rtol=1e-4, atol=1e-4)
     lorank.activate(model)
     base = compiled(x)
     assert not torch.allclose(base, y, atol=1e-4)
@@ -201,8 +220,10 @@ def test_it_works_under_autocast(case: Case, spec: Spec) -> None:
         z.float().square().sum().backward()
         with lorank.merged(model):  # the fold itself stays in float32
             merged = model(x)
-    torch.testing.assert_close(z.float(), y, rtol=0.1, atol=0.1)
-    torch.testing.assert_close(merged.float(), y, rtol=0.1, atol=0.1)
+    with lorank.disabled(model):
+        effect = (y - model(x)).norm()
+    assert (z.float() - y).norm() < 0.25 * effect
+    assert (merged.float() - y).norm() < 0.25 * effect
     lorank.check(model)
 
 
@@ -255,9 +276,12 @@ def test_two_adapters_add_up_and_switch(case: Case, spec: Spec) -> None:
     lorank.activate(model, "other")
     assert torch.equal(model(x), b)
     lorank.activate(model, "default", "other")
-    both = model(x)
+    lorank.adapt(model, lorank.LoRA(rank=1), case.targets, name="third")
+    disturb(model)
+    lorank.activate(model, "default", "other", "third")
+    together = model(x)
     lorank.merge(model)
-    torch.testing.assert_close(model(x), both, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(model(x), together, rtol=1e-5, atol=3e-5)
     assert lorank.adapter_names(model) == []
 
 

@@ -178,7 +178,7 @@ def test_files_that_are_not_there_or_not_whole_are_named(saved: tuple[Any, Any, 
     (folder / TENSORS).unlink()
     assert_refused(base, folder, f"has no {TENSORS}")
     (folder / "adapter_model.bin").write_bytes(b"")
-    assert_refused(base, folder, "is a pickle")
+    assert_refused(base, folder, "is a pickle: pass allow_pickle=True")
     (folder / TENSORS).write_bytes(whole)
     (folder / CONFIG).write_text("{")
     assert_refused(base, folder, "is not JSON")

@@ -17,6 +17,7 @@ import lorank
 from lorank import LoRA
 
 from .. import models
+from ..contract.cases import CASES
 
 BUILD: dict[str, tuple[Callable[..., nn.Module], list[str]]] = {
     "gpt2": (models.gpt2, ["c_attn", "c_proj"]),
@@ -119,10 +120,12 @@ def test_a_file_goes_round_unchanged(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_training_steps_are_the_same(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_training_steps_are_the_same(family: str, dropout: float, tmp_path: Path) -> None:
     build, targets = BUILD[family]
     base = build()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, r=4, lora_alpha=8))  # pyright: ignore
+    config = peft.LoraConfig(target_modules=targets, r=4, lora_alpha=8, lora_dropout=dropout)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
     theirs.save_pretrained(str(tmp_path))
     ours = copy.deepcopy(base)
     lorank.load(ours, tmp_path)
@@ -298,3 +301,48 @@ def test_a_head_that_is_a_sequence_goes_both_ways(tmp_path: Path) -> None:
     lorank.save(model, tmp_path / "ours")
     again = read_by_peft(copy.deepcopy(base), tmp_path / "ours")
     torch.testing.assert_close(run(again.base_model.model), run(model), rtol=1e-5, atol=1e-5)  # pyright: ignore
+
+
+FUSED = {
+    "gpt2": (models.gpt2, ["c_attn[q,v]"]),
+    "phi3": (lambda: CASES["fused-grouped-query"].model().model, ["qkv_proj[q,k]", "gate_up_proj[up]"]),
+    "neox": (lambda: CASES["fused-interleaved"].model().model, ["query_key_value[k,v]"]),
+}
+
+
+@pytest.mark.parametrize("layout", FUSED)
+def test_parts_of_every_layout_are_read_by_peft(layout: str, tmp_path: Path) -> None:
+    build, targets = FUSED[layout]
+    base, x = build(), models.ids()
+    model = copy.deepcopy(base)
+    lorank.adapt(model, LoRA(rank=3, alpha=7), targets)
+    models.disturb(model)
+    lorank.save(model, tmp_path)
+    theirs = read_by_peft(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(output(theirs, x), output(model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_kind_of_task_is_written_where_peft_acts_on_it(tmp_path: Path) -> None:
+    for build, targets, head, kind in [
+        (models.llama, "q_proj", [], "CAUSAL_LM"),
+        (models.roberta, "query", ["classifier"], "SEQ_CLS"),
+        (models.roberta, "query", [], None),  # peft would add the head to what it expects in the file
+    ]:
+        model = build()
+        lorank.adapt(model, LoRA(rank=2), targets, train_also=head)
+        lorank.save(model, tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == kind
+
+
+def test_a_pickled_file_opens_on_request_only(tmp_path: Path) -> None:
+    base, x = models.llama(), models.ids()
+    theirs = peft_model(copy.deepcopy(base), target_modules=["q_proj"], r=4, lora_alpha=8)
+    theirs.save_pretrained(str(tmp_path), safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    with pytest.raises(lorank.AdapterError, match="allow_pickle=True if you trust its origin"):
+        lorank.load(base, tmp_path)
+    lorank.load(base, tmp_path, allow_pickle=True)
+    torch.testing.assert_close(output(base, x), output(theirs, x), rtol=1e-5, atol=1e-5)
+    (tmp_path / "adapter_model.bin").write_bytes(b"nonsense")
+    with pytest.raises(lorank.AdapterError, match="cannot be read"):
+        lorank.load(base, tmp_path, name="again", allow_pickle=True)

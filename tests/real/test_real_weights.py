@@ -156,6 +156,11 @@ def test_adapts_trains_merges_saves_and_loads(case: Case, cache: Path, tmp_path:
     assert all(torch.equal(loaded[name], trained[name]) for name in trained)
     assert torch.equal(_logits(fresh, inputs), outputs)
 
+    report = lorank.merge(fresh)
+    assert report.worst is not None and report.worst.relative_error < 1e-4
+    _assert_close(_logits(fresh, inputs), outputs)
+    assert list(fresh.state_dict()) == list(base_digests)
+
 
 @pytest.mark.parametrize(
     ("build", "tolerance"),

@@ -310,7 +310,7 @@ def test_inside_a_merged_block_the_model_is_closed(tmp_path: object) -> None:
     }
     with lorank.merged(model):
         for action, attempt in closed.items():
-            with pytest.raises(AdapterError, match=f"cannot {action}: not inside"):
+            with pytest.raises(AdapterError, match=f"cannot {action} inside"):
                 attempt()
     assert lorank.active_adapters(model) == ["default"]
 
@@ -336,7 +336,7 @@ def test_a_plan_changes_nothing_counts_everything_and_prints() -> None:
     assert [type(module) for module in model.modules()] == before
     assert plan.trainable_parameters == 2 * 2 * 2 * (32 + 32) + 97 * 32 + 2 * 96
     text = str(plan)
-    assert re.search(r"transformer\.h\.\*\.attn\.c_attn\[q\] +x 2 +Conv1D +32 x 32 +rank 2, alpha 16 +256\n", text)
+    assert re.search(r"transformer\.h\.\{0-1\}\.attn\.c_attn\[q\] +x 2 +Conv1D +32 x 32 +rank 2, alpha 16 +256\n", text)
     assert f"{plan.trainable_parameters:,} parameters to train" in text
     lorank.adapt(model, LoRA(rank=2), ["c_attn[q,v]"], train_also="lm_head", bias="adapted")
     assert plan.trainable_parameters == sum(p.numel() for p in lorank.adapter_parameters(model).values())

@@ -31,8 +31,10 @@ def test_on_later_steps_both_factors_must_move() -> None:
     model, x = models.llama(), models.ids()
     lorank.adapt(model, LoRA(), ["q_proj"])
     backward(model, x)
-    with pytest.raises(AdapterError, match=r"0\.self_attn\.q_proj\.adapters\.default\.A has a gradient of zeros"):
+    with pytest.raises(AdapterError) as error:
         lorank.check(model, moved=True)
+    assert "layers.0.self_attn.q_proj.adapters.default.A has a gradient of zeros" in str(error.value)
+    assert "a factor is still zero after your steps; is it in the optimiser?" in str(error.value)
     models.disturb(model)
     backward(model, x)
     assert lorank.check(model, moved=True) == []
@@ -92,13 +94,22 @@ def test_an_unused_copy_is_an_error() -> None:
         lorank.check(model)
 
 
+def test_dropout_that_does_nothing_is_told() -> None:
+    model, x = models.llama(), models.ids()
+    lorank.adapt(model, LoRA(dropout=0.1), ["q_proj"])
+    backward(model, x)
+    assert lorank.check(model) == ["'default': dropout 0.1 has no effect in eval mode; model.train() turns it on"]
+    model.train()
+    assert lorank.check(model) == []
+
+
 def test_only_the_active_adapters_are_checked() -> None:
     model, x = models.llama(), models.ids()
     lorank.adapt(model, LoRA(), ["q_proj"], name="idle")
     lorank.adapt(model, LoRA(), ["v_proj"], name="busy")
     backward(model, x)
     assert lorank.check(model) == []
-    with pytest.raises(AdapterError, match="no parameter of adapter 'idle' has a gradient"):
+    with pytest.raises(AdapterError, match="adapter 'idle' is not active"):
         lorank.check(model, "idle")
 
 

@@ -1,16 +1,20 @@
 """Cases that went wrong once: each test is named after what a user would have seen."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lorank
-from lorank import AdapterError, LoRA
+from lorank import AdapterError, LoRA, surgery
+from lorank.adapted import adapted_layers
 from lorank.hosts import host_of
+from lorank.variants import LoRAAdapter
 
 from .. import models
 
@@ -204,6 +208,118 @@ def test_copying_inside_a_merged_block_is_refused() -> None:
     copy.deepcopy(model)
 
 
+def test_a_state_dict_taken_in_a_merged_block_is_an_ordinary_checkpoint(x: Tensor) -> None:
+    model = Small()
+    names = list(model.state_dict())
+    lorank.adapt(model, LoRA(rank=2), ["a"])
+    models.disturb(model)
+    y = model(x)
+    with lorank.merged(model):
+        checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for action in (lambda: model.load_state_dict(checkpoint), lambda: lorank.reset(model, "default")):
+            with pytest.raises(AdapterError, match=r"inside `with lorank\.merged"):
+                action()
+    assert list(checkpoint) == names
+    plain = Small()
+    plain.load_state_dict(checkpoint)
+    torch.testing.assert_close(plain(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_of_the_model_that_was_adapted_is_not_enough_to_remove_from() -> None:
+    model = models.sequential(Small(), nn.Linear(3, 3))
+    lorank.adapt(model, LoRA(rank=2), ["a"])
+    for action in (lorank.remove, lorank.merge):
+        with pytest.raises(AdapterError, match=r"put on a larger model, in which 'a' is '0\.a'; give that one"):
+            action(model[0])
+    lorank.remove(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_disabled_block_keeps_the_order_of_what_was_active(x: Tensor) -> None:
+    model = Small()
+    for name, targets in (("one", ["a"]), ("two", ["b"]), ("three", ["a", "b"])):
+        lorank.adapt(model, LoRA(rank=2), targets, name=name)
+    lorank.activate(model, "three", "two", "one")
+    before = [layer.adapters.active for layer in adapted_layers(model).values()]
+    with lorank.disabled(model):
+        assert lorank.active_adapters(model) == []
+    assert [layer.adapters.active for layer in adapted_layers(model).values()] == before
+
+
+def test_a_failure_while_attaching_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small()
+    before = [(type(module), list(module.__dict__)) for module in model.modules()]
+    attach = surgery.attach
+
+    def fails(layer: nn.Module, layer_name: str, *rest: Any) -> None:
+        if layer_name == "b":
+            raise MemoryError
+        attach(layer, layer_name, *rest)
+
+    monkeypatch.setattr(surgery, "attach", fails)
+    with pytest.raises(MemoryError):
+        lorank.adapt(model, LoRA(rank=2), ["a", "b"])
+    assert [(type(module), list(module.__dict__)) for module in model.modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Alone(LoRA):
+    """A variant that is not additive, as DoRA will be."""
+
+    def build(self, host: Any, layer: nn.Module, part: str, device: Any = None) -> LoRAAdapter:
+        adapter = super().build(host, layer, part, device)
+        adapter.__class__ = AloneAdapter
+        return adapter
+
+
+class AloneAdapter(LoRAAdapter):
+    additive = False
+
+
+def test_an_adapter_that_is_not_additive_is_active_alone() -> None:
+    model = Small()
+    lorank.adapt(model, LoRA(rank=2), ["a"], name="additive")
+    lorank.adapt(model, Alone(rank=2), ["b"], name="alone")
+    assert lorank.active_adapters(model) == ["alone"]
+    with pytest.raises(AdapterError, match="'alone' is not additive, so it can only be active alone"):
+        lorank.activate(model, "additive", "alone")
+
+
+def test_dropout_of_an_embedding_drops_whole_tokens() -> None:
+    model: Any = models.sequential(nn.Embedding(50, 8))
+    lorank.adapt(model, LoRA(rank=4, dropout=0.5), "0")
+    models.disturb(model, size=1.0)
+    ids = torch.arange(50)
+    update = model.eval()(ids) - model[0].base_forward(ids)
+    dropped = model.train()(ids) - model[0].base_forward(ids)
+    zero = (dropped == 0).all(-1)
+    assert 10 < int(zero.sum()) < 40
+    torch.testing.assert_close(dropped[~zero], 2 * update[~zero], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_a_linear_layer_drops_its_input(x: Tensor) -> None:
+    model: Any = models.sequential(nn.Linear(6, 6))
+    lorank.adapt(model, LoRA(rank=4, dropout=0.5), "0")
+    models.disturb(model, size=1.0)
+    model.train()
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    expected = (
+        model[0].base_forward(x) + nn.functional.dropout(x, 0.5) @ model[0].adapters["default"].delta_weight(None).T
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_padding_row_of_an_embedding_is_not_trained() -> None:
+    model: Any = models.sequential(nn.Embedding(10, 4, padding_idx=3))
+    lorank.adapt(model, LoRA(rank=2), "0")
+    model(torch.arange(10)).sum().backward()
+    gradient = model[0].adapters["default"].A.grad
+    assert not gradient[:, 3].any() and gradient[:, 4].any()
+
+
 # ---- layers that are not what they seem
 
 
@@ -229,6 +345,25 @@ def test_an_odd_subclass_that_was_adapted_on_the_meta_device_is_found_when_mergi
     lorank.reset(model)
     with pytest.raises(AdapterError, match="Doubling does not compute"):
         lorank.merge(model)
+
+
+def test_a_subclass_with_another_signature_is_refused() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor, scale: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return scale * super().forward(input)
+
+    class Loud(Conv1D):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    class Plain(Conv1D):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    for layer in (Scaled(6, 6), Loud(6, 6)):
+        with pytest.raises(AdapterError, match="does not compute"):
+            host_of(layer)
+    assert host_of(Plain(6, 6)).transposed
 
 
 def test_a_subclass_that_is_nearly_its_base_is_not_its_base() -> None:

@@ -92,11 +92,10 @@ def test_hooks_of_accelerate_run_the_adapter(hooked_first: bool) -> None:
     torch.manual_seed(1)
     lorank.adapt(plain, LoRA(rank=2), ["q_proj"], train_also=["lm_head"])
     models.disturb(plain)
-    attributes = [list(module.__dict__) for module in model.modules()]
 
     def hook() -> None:
         for module in model.modules():
-            if not list(module.children()) and ".adapters." not in str(type(module)):
+            if not list(module.children()):
                 add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
 
     if hooked_first:
@@ -111,7 +110,6 @@ def test_hooks_of_accelerate_run_the_adapter(hooked_first: bool) -> None:
     torch.testing.assert_close(model(x).logits, plain(x).logits)
     lorank.remove(model)
     assert not any(name in module.__dict__ for module in model.modules() for name in ("_old_forward", "_hf_hook"))
-    assert len(attributes) == len(list(model.modules()))
     with lorank.disabled(plain):
         assert torch.equal(model(x).logits, plain(x).logits)
 

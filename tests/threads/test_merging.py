@@ -181,3 +181,14 @@ def test_a_trained_head_of_a_tied_model_stays_the_adapters(tmp_path: Path) -> No
     assert torch.equal(logits(model), y)
     with pytest.raises(AdapterError, match=r"lm_head shares its weight with model\.embed_tokens\.weight"):
         lorank.merge(model)
+
+
+QUANTISED = [*("peft#1043", "peft#2321", "qlora#28", "qlora#254"), *("unsloth#195", "unsloth-zoo#810")]
+
+
+@pytest.mark.parametrize("thread", QUANTISED)
+def test_a_packed_base_is_refused_until_it_can_be_merged_as_it_was_trained(thread: str) -> None:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(AdapterError, match="its weight is packed as uint8; it needs a host of its own"):
+        lorank.adapt(nn.Sequential(layer), LoRA(rank=2), "0")

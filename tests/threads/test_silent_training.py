@@ -60,6 +60,19 @@ def test_trl_3926_adapting_again_does_not_freeze_the_first_adapter() -> None:
     assert lorank.check(model) == []
 
 
+def test_trl_3926_an_adapter_that_a_trainer_froze_is_named() -> None:
+    model, x = models.llama(), models.ids()
+    lorank.adapt(model, LoRA(), ["q_proj"])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(AdapterError, match="does not depend on any trainable parameter"):
+        next(lorank.train(lorank.adapter_parameters(model), lambda x: model(x, labels=x).loss, [x]))
+    model.model.layers[0].self_attn.q_proj.adapters["default"].requires_grad_(True)
+    backward(model, x)
+    with pytest.raises(AdapterError, match=r"1\.self_attn\.q_proj\.adapters\.default\.A has requires_grad=False"):
+        lorank.check(model)
+
+
 @pytest.mark.parametrize("thread", ["peft#3290", "ms-swift#9452"])
 def test_saving_and_loading_another_adapter_does_not_stop_training(thread: str, tmp_path: Path) -> None:
     model, x = models.llama(), models.ids()

@@ -96,7 +96,7 @@ def test_the_caller_may_stop_whenever_it_likes() -> None:
 
 
 def test_schedules_rise_and_fall_as_they_say() -> None:
-    linear = TrainConfig(steps=10, learning_rate=1.0, warmup=4)
+    linear = TrainConfig(steps=10, learning_rate=1.0, schedule="linear", warmup=4)
     assert [linear.rate(i) for i in range(1, 5)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert [linear.rate(i) for i in range(5, 11)] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     cosine = TrainConfig(steps=10, learning_rate=1.0, schedule="cosine")
@@ -183,6 +183,22 @@ def test_a_parameter_without_gradient_stops_the_first_step() -> None:
     with pytest.raises(AdapterError, match=r"1 of 5 parameters have no gradient.*\(5,\)"):
         next(lorank.train(parameters, mean_loss(model), [batch]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_parameters_that_stop_getting_gradients_stop_the_run() -> None:
+    model, batch = adapted(), task(8)
+    steps = lorank.train(lorank.adapter_parameters(model), mean_loss(model), [batch], TrainConfig(steps=8))
+    next(steps)
+    lorank.adapt(model, LoRA(rank=2), "0", name="other")  # and so the first is no longer active
+    with pytest.raises(AdapterError, match=r"4 of 4 parameters have no gradient.*is their adapter active"):
+        next(steps)
+
+
+def test_a_mapping_of_parameters_will_do_and_a_model_will_not() -> None:
+    model, batch = adapted(), task(8)
+    assert next(lorank.train(lorank.adapter_parameters(model), mean_loss(model), [batch])).index == 1
+    with pytest.raises(AdapterError, match="not the model"):
+        next(lorank.train(model, mean_loss(model), [batch]))
 
 
 def test_batches_without_weight_are_an_error() -> None:

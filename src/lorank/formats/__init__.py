@@ -1,6 +1,6 @@
-"""Adapter files: one module a format, with `detect(path)`, `read(path, names)` and `write(content, path, model)`.
+"""Adapter files: one module a format, with the three functions of `Format`.
 
-Importing the folder makes every module in it known that has these three; they are tried in the order of their names.
+Importing the folder makes every module in it known that has them; they are tried in the order of their names.
 """
 
 import importlib
@@ -26,8 +26,8 @@ class Format(Protocol):
         """Tell whether a path is an adapter in this format, by its content."""
         ...
 
-    def read(self, path: Path, names: Names) -> Content:
-        """Read an adapter for a model with these module names."""
+    def read(self, path: Path, names: Names, allow_pickle: bool) -> Content:
+        """Read an adapter for a model with these module names; open a pickle only where that is allowed."""
         ...
 
     def write(self, content: Content, path: Path, model: nn.Module) -> None:
@@ -48,8 +48,8 @@ __all__ = ["FORMATS", "Content", "Format", "LayerUpdate", "load", "save"]
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, format: str = "peft") -> None:
     """Write an adapter into the directory `path`, in PEFT's layout.
 
-    What is there already of this adapter is replaced in one step, other files stay; a failure leaves the old
-    ones whole. The bytes depend on the adapter and its base alone. Without a name it is the only adapter, or
+    An adapter that is there already is replaced in one step, other files stay; a failure leaves the old ones
+    whole. The bytes depend on the adapter and its base alone. Without a name it is the only adapter, or
     the only active one.
 
     Raises AdapterError for values that are not finite, and when the files cannot be written.
@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     if format not in FORMATS:
         raise AdapterError(f"cannot save: unknown format '{format}'; known are {', '.join(FORMATS)}")
     chosen = require_name(model, name, "save") if name is not None else only_adapter(model, "save")
-    target = Path(path)
+    target = _path(path)
     if target.exists() and not target.is_dir():
         raise AdapterError(f"cannot save: {target} is a file; an adapter is a directory")
     FORMATS[format].write(gather(model, chosen), target, model)
@@ -72,6 +72,7 @@ def load(
     *,
     activate: bool = True,
     allow_other_base: bool = False,
+    allow_pickle: bool = False,
 ) -> Plan:
     """Put an adapter from a file on the model, freeze the base, and return what was loaded.
 
@@ -80,6 +81,7 @@ def load(
     activate: make it the only active adapter; False leaves the active ones as they are.
     allow_other_base: load although the adapted weights differ from those the adapter was saved on. The same
         base in another dtype needs no permission; it warns.
+    allow_pickle: open a file that is a pickle (`adapter_model.bin`), with PyTorch's `weights_only`.
 
     Every tensor of the file must find its place and every place its tensor. Raises AdapterError, which lists
     every problem, before anything is changed: missing or unexpected keys, wrong shapes, NaN or Inf, another
@@ -87,10 +89,10 @@ def load(
     """
     model = unwrapped(model)
     require_not_folded(model, "cannot load")
-    source = Path(path)
+    source = _path(path)
     chosen = _detect(source)
     try:
-        content = chosen.read(source, Names(model))
+        content = chosen.read(source, Names(model), allow_pickle)
         loaded = fit(model, content, name, activate=activate, allow_other_base=allow_other_base)
     except AdapterError as error:
         raise AdapterError(f"cannot load {source}: {error}") from None
@@ -98,9 +100,19 @@ def load(
     return loaded
 
 
+def _path(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ~ expanded; raises AdapterError for what no file system takes."""
+    try:
+        expanded = Path(path).expanduser()
+        expanded.exists()
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"{path!r} is no path: {error}") from None
+    return expanded
+
+
 def _detect(path: Path) -> Format:
     if not path.exists():
-        raise AdapterError(f"cannot load {path}: there is no such file or directory")
+        raise AdapterError(f"cannot load {path}: there is no such file or directory (lorank reads local files only)")
     for module in FORMATS.values():
         if module.detect(path):
             return module

@@ -26,7 +26,6 @@ class LayerUpdate:
     spec: LoRA
     factors: dict[str, tuple[Tensor, Tensor]]
     host: Host | None = None  # known when it was taken from a model
-    layer: nn.Module | None = None
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
 
@@ -62,9 +61,7 @@ def gather(model: nn.Module, name: str) -> Content:
             if isinstance(leaf, BiasOffset):
                 content.biases[layer_name] = _whole(leaf.value(layer))
             elif isinstance(leaf, LoRAAdapter):
-                update = content.updates.setdefault(
-                    layer_name, LayerUpdate(cast(LoRA, leaf.spec), {}, host=leaf.host, layer=layer)
-                )
+                update = content.updates.setdefault(layer_name, LayerUpdate(leaf.spec, {}, host=leaf.host))
                 update.factors[leaf.part] = (_whole(leaf.A), _whole(leaf.B))
                 with suppress(NoHost):  # a weight that was sharded or parametrised since cannot be recognised later
                     W = leaf.host.matrix(layer, leaf.part)
@@ -101,8 +98,43 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
     require_no_inference_mode("cannot load")
     names = Names(model)
     problems = name_problems(model, name) + content.problems
-    places: list[Place] = []
     parts: dict[str, dict[str, Adapter]] = {}
+    places = _fit_updates(content, names, parts, problems, allow_other_base)
+    biases = _fit_biases(content, names, parts, problems)
+    copies = _fit_copies(content, names, problems)
+    built: dict[str, nn.Module] = {layer: join(adapters) for layer, adapters in parts.items()}
+    built.update(copies)
+    for layer_name in built:
+        reason = why_not_attachable(names.modules[layer_name])
+        if reason:
+            problems.append(f"{layer_name}: {reason}")
+    problems += _base_problems(content, names)
+    if not built and not problems:
+        problems.append("it holds no adapter")
+    raise_problems("this adapter does not fit this model", list(dict.fromkeys(problems)))
+    install(model, name, {n: (names.modules[n], entry) for n, entry in built.items()}, activate=activate)
+    return Plan(
+        adapter=name,
+        spec=content.spec,
+        places=tuple(places),
+        copies={module_name: names.modules[module_name] for module_name in copies},
+        biases=biases,
+        bias=content.bias,
+        left_out={},
+        base_parameters=count(own_parameters(model)),
+        warnings=tuple(content.remarks),
+    )
+
+
+def _fit_updates(
+    content: Content,
+    names: Names,
+    parts: dict[str, dict[str, Adapter]],
+    problems: list[str],
+    allow_other_base: bool,
+) -> list[Place]:
+    """Build the low-rank updates into `parts`, {layer: {part: adapter}}."""
+    places: list[Place] = []
     compared: dict[str, Comparison] = {}
     for layer_name, update in content.updates.items():
         try:
@@ -118,51 +150,39 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
             place = Place(canonical, part, layer, host, update.spec, host.shape(layer, part))
             wrong = _factor_problems(place, A, B)
             problems += wrong
-            if not wrong:
-                places.append(place)
-                if part in update.fingerprints:
-                    compared[place.label] = compare(update.fingerprints[part], host.matrix(layer, part))
-                parts.setdefault(canonical, {})[part] = _filled(place, A, B)
+            if wrong:
+                continue
+            places.append(place)
+            parts.setdefault(canonical, {})[part] = _filled(place, A, B)
+            if part in update.fingerprints:
+                compared[place.label] = compare(update.fingerprints[part], host.matrix(layer, part))
+    problems += _other_base(compared, allow_other_base, content.remarks)
+    return places
+
+
+def _fit_biases(
+    content: Content, names: Names, parts: dict[str, dict[str, Adapter]], problems: list[str]
+) -> dict[str, nn.Module]:
+    """Build the biases into `parts`; return their layers by name."""
     biases: dict[str, nn.Module] = {}
     for layer_name, value in content.biases.items():
-        module = names.modules.get(layer_name)
-        reason = _bias_problem(layer_name, module, value, names)
-        if reason or module is None:
-            problems.append(reason or "")
+        if layer_name not in names.modules:
+            hint = did_you_mean(layer_name, names.modules)
+            problems.append(f"the file has a bias for {layer_name}, which this model has not; {hint}")
             continue
         canonical = names.canonical[layer_name]
-        if canonical in biases:
-            problems.append(f"the file has a bias for {canonical} twice, under two of its names")
+        module = names.modules[canonical]
+        reason = f"the file has a bias for {canonical} twice, under two of its names" if canonical in biases else None
+        reason = reason or _bias_problem(canonical, module, value)
+        if reason:
+            problems.append(reason)
             continue
         offset = BiasOffset(module)
         bias = module.get_parameter("bias").detach()
         offset.offset.data.copy_(value.to(bias.device, offset.offset.dtype) - bias)
         parts.setdefault(canonical, {})["bias"] = offset
         biases[canonical] = module
-    copies = _copies(content, names, problems)
-    built: dict[str, nn.Module] = {layer: join(adapters) for layer, adapters in parts.items()}
-    built.update(copies)
-    for layer_name in built:
-        reason = why_not_attachable(names.modules[layer_name])
-        if reason:
-            problems.append(f"{layer_name}: {reason}")
-    problems += _base_problems(content, names)
-    if not built and not problems:
-        problems.append("it holds no adapter")
-    problems += _other_base(compared, allow_other_base, content.remarks)
-    raise_problems("this adapter does not fit this model", list(dict.fromkeys(problems)))
-    install(model, name, [(names.modules[layer], entry) for layer, entry in built.items()], activate=activate)
-    return Plan(
-        adapter=name,
-        spec=content.spec,
-        places=tuple(places),
-        copies={module_name: names.modules[module_name] for module_name in copies},
-        biases=biases,
-        bias=content.bias,
-        left_out={},
-        base_parameters=count(own_parameters(model)),
-        warnings=tuple(content.remarks),
-    )
+    return biases
 
 
 def _locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
@@ -218,9 +238,7 @@ def _filled(place: Place, A: Tensor, B: Tensor) -> Adapter:
     return adapter
 
 
-def _bias_problem(name: str, module: nn.Module | None, value: Tensor, names: Names) -> str | None:
-    if module is None:
-        return f"the file has a bias for {name}, which this model has not; {did_you_mean(name, names.modules)}"
+def _bias_problem(name: str, module: nn.Module, value: Tensor) -> str | None:
     reason = why_no_bias_offset(module)
     if reason:
         return f"the file has a bias for {name}: {reason}"
@@ -230,7 +248,7 @@ def _bias_problem(name: str, module: nn.Module | None, value: Tensor, names: Nam
     return next(iter(_value_problems(f"{name}.bias", value, torch.promote_types(bias.dtype, torch.float32))), None)
 
 
-def _copies(content: Content, names: Names, problems: list[str]) -> dict[str, nn.Module]:
+def _fit_copies(content: Content, names: Names, problems: list[str]) -> dict[str, nn.Module]:
     copies: dict[str, nn.Module] = {}
     adapted = {names.canonical.get(layer, layer) for layer in content.updates}
     for name, tensors in content.copies.items():
@@ -252,9 +270,10 @@ def _copies(content: Content, names: Names, problems: list[str]) -> dict[str, nn
             for key, tensor in _own_tensors(copy).items()
         }
         before = len(problems)
-        problems += [f"{name}: the file lacks {key}" for key in places.keys() - tensors.keys()]
-        problems += [f"{name}: the file has {key}, which the module has not" for key in tensors.keys() - places.keys()]
-        for key in places.keys() & tensors.keys():
+        problems += [f"{name}: the file lacks {key}" for key in sorted(places.keys() - tensors.keys())]
+        unknown = sorted(tensors.keys() - places.keys())
+        problems += [f"{name}: the file has {key}, which the module has not" for key in unknown]
+        for key in sorted(places.keys() & tensors.keys()):
             wanted, found = places[key][2], tensors[key]
             if wanted.shape != found.shape:
                 problems.append(
@@ -311,4 +330,7 @@ def _other_base(compared: dict[str, Comparison], allow_other_base: bool, remarks
 
 
 def _tensor_names(names: Names) -> list[str]:
-    return [f"{name}.{key}" if name else key for name, module in names.modules.items() for key in module._parameters]
+    found = []
+    for name, module in names.modules.items():
+        found += [f"{name}.{key}" if name else key for key, p in module._parameters.items() if p is not None]
+    return found

@@ -89,14 +89,16 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             Path(partial[path]).chmod(_mode_for_new_files())
+        before = {path: path.read_bytes() if path.is_file() else None for path in files}
         for path in files:
-            replaced[path] = path.read_bytes() if path.is_file() else None
             Path(partial[path]).replace(path)
             del partial[path]
-    except OSError as error:
-        for path, old in list(replaced.items())[:-1]:
+            replaced[path] = before[path]
+    except (OSError, ValueError) as error:
+        for path, old in replaced.items():
             path.unlink() if old is None else path.write_bytes(old)
-        raise AdapterError(f"cannot write {error.filename or ', '.join(map(str, files))}: {error.strerror}") from error
+        where = getattr(error, "filename", None) or ", ".join(map(str, files))
+        raise AdapterError(f"cannot write {where}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         for leftover in partial.values():
             Path(leftover).unlink(missing_ok=True)

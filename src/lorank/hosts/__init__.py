@@ -3,7 +3,17 @@
 import importlib
 import pkgutil
 
-from .base import Host, NoHost, has_host, host_of, overrides_forward, plain_parameter, read_without_call, register
+from .base import (
+    Host,
+    NoHost,
+    has_host,
+    host_of,
+    overrides_forward,
+    plain_parameter,
+    read_without_call,
+    register,
+    registered_host,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -24,4 +34,5 @@ __all__ = [
     "read_without_call",
     "register",
     "register_layout",
+    "registered_host",
 ]

@@ -49,6 +49,10 @@ class Host(ABC):
     def up(self, layer: nn.Module, part: str, z: Tensor, B: Tensor) -> Tensor:
         """Apply B (out, rank) to the result of `down`; shaped like this part's output."""
 
+    @abstractmethod
+    def channel(self, layer: nn.Module, part: str, v: Tensor) -> Tensor:
+        """Return a vector over the part's outputs, (out,), viewed so that it broadcasts against the layer's output."""
+
     def add(self, layer: nn.Module, part: str, y: Tensor, update: Tensor) -> Tensor:
         """Return the layer's output y with this part's update added."""
         return y + update.to(y.dtype)
@@ -101,7 +105,7 @@ def plain_parameter(layer: nn.Module, name: str) -> nn.Parameter:
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
         kind = type(parameter) if type(parameter) is not nn.Parameter else type(parameter.data)
         raise NoHost(f"its {name} is a {kind.__name__}, for which lorank has no host yet (quantised, sharded or lazy)")
-    if not parameter.is_floating_point():
+    if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise NoHost(
             f"its {name} is packed as {str(parameter.dtype).removeprefix('torch.')}; it needs a host of its own"
         )
@@ -110,9 +114,9 @@ def plain_parameter(layer: nn.Module, name: str) -> nn.Parameter:
 
 def host_of(layer: nn.Module) -> Host:
     """Return the host for a layer; raises NoHost with the reason when there is none."""
-    host, own_class = _lookup(layer), _registered_class(layer)
+    host, own_class = registered_host(layer), _registered_class(layer)
     if host is None or own_class is None:
-        raise NoHost(f"lorank has no host for {type(layer).__name__}")
+        raise NoHost(f"lorank has no host for {_public_name(type(layer))}")
     if isinstance(layer, torch.jit.ScriptModule):
         raise NoHost("a compiled ScriptModule cannot be changed")
     for part in host.parts(layer):
@@ -124,7 +128,7 @@ def host_of(layer: nn.Module) -> Host:
 
 def has_host(layer: nn.Module) -> bool:
     """Tell whether the layer is of a kind that lorank adapts, whatever the state it is in."""
-    return _lookup(layer) is not None
+    return registered_host(layer) is not None
 
 
 def read_without_call(above: Iterable[nn.Module]) -> str | None:
@@ -143,7 +147,8 @@ def overrides_forward(layer: nn.Module, base: type) -> bool:
     return any("forward" in vars(cls) and "carries_adapters" not in vars(cls) for cls in between)
 
 
-def _lookup(layer: nn.Module) -> Host | None:
+def registered_host(layer: nn.Module) -> Host | None:
+    """Return the host for the layer's class, whatever the state the layer is in; None when there is none."""
     cls = _registered_class(layer)
     return None if cls is None else _HOSTS.get(cls) or _HOSTS[_qualified_name(cls)]
 
@@ -153,6 +158,11 @@ def _registered_class(layer: nn.Module) -> type | None:
         if cls in _HOSTS or _qualified_name(cls) in _HOSTS:
             return cls
     return None
+
+
+def _public_name(cls: type) -> str:
+    """Return a class's name, with its module where there is a layer of PyTorch with the same name."""
+    return _qualified_name(cls) if hasattr(nn, cls.__name__) else cls.__name__
 
 
 def _qualified_name(cls: type) -> str:

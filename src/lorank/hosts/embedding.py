@@ -37,6 +37,9 @@ class EmbeddingHost(Host):
         scale = self._embed_scale(layer)
         return update if scale is None else update * scale
 
+    def channel(self, layer: nn.Embedding, part: str, v: Tensor) -> Tensor:
+        return v  # outputs are the last dimension
+
     @torch.no_grad()
     def behaves(self, layer: nn.Embedding) -> bool:
         weight = self.weight(layer)

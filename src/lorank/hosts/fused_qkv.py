@@ -89,6 +89,12 @@ class FusedHost(Host):
     def up(self, layer: nn.Module, part: str, z: Tensor, B: Tensor) -> Tensor:
         return self.base.up(layer, "weight", z, B)  # (..., rows of the part)
 
+    def channel(self, layer: nn.Module, part: str, v: Tensor) -> Tensor:
+        start, stop = self.layout.parts[part]
+        grouped = v.unflatten(0, (self.layout.groups, stop - start))
+        padded = F.pad(grouped, (start, self.layout.width - stop)).flatten()
+        return self.base.channel(layer, "weight", padded)
+
     def add(self, layer: nn.Module, part: str, y: Tensor, update: Tensor) -> Tensor:
         start, stop = self.layout.parts[part]
         grouped = update.to(y.dtype).unflatten(-1, (self.layout.groups, stop - start))

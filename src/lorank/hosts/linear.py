@@ -27,6 +27,9 @@ class LinearHost(Host):
     def up(self, layer: nn.Linear, part: str, z: Tensor, B: Tensor) -> Tensor:
         return F.linear(z, B.to(z.dtype))  # (..., out)
 
+    def channel(self, layer: nn.Linear, part: str, v: Tensor) -> Tensor:
+        return v  # outputs are the last dimension
+
     @torch.no_grad()
     def behaves(self, layer: nn.Linear) -> bool:
         weight = self.weight(layer)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -29,7 +29,7 @@ class TrainConfig:
 
     steps: int | None = None
     learning_rate: float = 2e-4
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = 0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -49,7 +49,7 @@ class TrainConfig:
             problems.append(f"a {self.schedule} schedule needs `steps`, to know where it ends")
         if not isinstance(self.warmup, int) or self.warmup < 0 or (self.steps is not None and self.warmup > self.steps):
             problems.append(f"warmup is {self.warmup}; it must lie between 0 and steps")
-        if self.weight_decay < 0 or self.epsilon < 0:
+        if not (self.weight_decay >= 0 and self.epsilon >= 0):
             problems.append(f"weight_decay is {self.weight_decay} and epsilon {self.epsilon}; neither may be negative")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             problems.append(f"betas are {self.betas}; they must be two numbers in [0, 1)")
@@ -73,7 +73,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step. Tensors stay on the device, so that whoever prints them decides to wait for it."""
+    """One optimiser step. Its tensors stay on the device of the loss."""
 
     index: int  # from 1
     loss: Tensor  # 0-dim, the mean over the step's batches, weighted
@@ -83,13 +83,14 @@ class Step:
 
 
 def train(
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Mapping[str, nn.Parameter],
     loss: Callable[[Batch], Tensor | tuple[Tensor, Any]],
     batches: Iterable[Batch],
     config: TrainConfig | None = None,
 ) -> Iterator[Step]:
     """Optimise `parameters` on `loss(batch)` with AdamW, yielding after every optimiser step.
 
+    parameters: the parameters, or a mapping of which they are the values.
     loss: returns the batch's mean loss, or (summed loss, weight), such as the sum over the trained tokens and
         their number. With the pair, accumulating gradients gives exactly the step of the one large batch;
         with means, each batch counts alike.
@@ -97,15 +98,18 @@ def train(
 
     The caller owns the loop: `break` stops early, whatever is in the body runs between steps.
 
-        for step in lorank.train(lorank.adapter_parameters(model).values(), loss, batches, config):
+        model.train()
+        for step in lorank.train(lorank.adapter_parameters(model), loss, batches, config):
             if step.index % 100 == 0:
                 print(step.index, float(step.loss))
 
-    Raises AdapterError when the loss is not finite, before the optimiser moves anything, and when a parameter has
-    no gradient after the first backward pass.
+    Raises AdapterError when the loss or a gradient is not finite, before the optimiser moves anything; when a
+    parameter has no gradient after the first backward pass, or none has one after a later one.
     """
-    config = config or TrainConfig(schedule="constant")
-    trained = list(parameters)
+    config = config or TrainConfig()
+    if isinstance(parameters, nn.Module):
+        raise AdapterError("cannot train: give parameters, such as lorank.adapter_parameters(model), not the model")
+    trained = list(parameters.values() if isinstance(parameters, Mapping) else parameters)
     if not trained:
         raise AdapterError("cannot train: there are no parameters to train")
     optimiser = torch.optim.AdamW(
@@ -119,8 +123,7 @@ def train(
     for index, group in enumerate(_groups(batches, config), start=1):
         optimiser.zero_grad(set_to_none=True)  # here and not after the step, so that the caller can look at them
         mean, weight = _backward(group, loss, trained, index)
-        if index == 1:
-            _require_gradients(trained)
+        _require_gradients(trained, every_one=index == 1)
         limit = math.inf if config.clip is None else config.clip
         norm = nn.utils.clip_grad_norm_(trained, limit)
         if not torch.isfinite(norm):
@@ -149,8 +152,8 @@ def _backward(
             raise AdapterError(f"loss(batch) must return one number, or (sum, weight); it returned {shape}")
         if not summed.requires_grad:
             raise AdapterError(
-                f"the loss of step {index} does not depend on any trainable parameter: is the adapter active, and the "
-                "forward outside torch.no_grad?"
+                f"the loss of step {index} does not depend on any trainable parameter: is the adapter active, the "
+                "forward outside torch.no_grad, and gradient checkpointing used with use_reentrant=False?"
             )
         if not torch.isfinite(summed):
             raise AdapterError(
@@ -196,10 +199,10 @@ def _groups(batches: Iterable[Batch], config: TrainConfig) -> Iterator[list[Batc
             return
 
 
-def _require_gradients(trained: list[nn.Parameter]) -> None:
+def _require_gradients(trained: list[nn.Parameter], every_one: bool) -> None:
     without = [tuple(parameter.shape) for parameter in trained if parameter.grad is None]
-    if without:
+    if len(without) == len(trained) or (every_one and without):
         raise AdapterError(
-            f"{len(without)} of {len(trained)} parameters have no gradient after the first backward pass (shapes "
-            f"{', '.join(map(str, without[:4]))}...): lorank.check(model) names them"
+            f"{len(without)} of {len(trained)} parameters have no gradient after the backward pass (shapes "
+            f"{', '.join(map(str, without[:4]))}...): is their adapter active? lorank.check(model, name) names them"
         )

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from .base import Adapter, Spec, Update, materialised, on_device_of, register, specs
+from .base import Adapter, Spec, Update, materialised, on_device_of, register
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -20,5 +20,4 @@ __all__ = [
     "materialised",
     "on_device_of",
     "register",
-    "specs",
 ]

@@ -109,10 +109,5 @@ def register(name: str) -> Callable[[S], S]:
     return add
 
 
-def specs() -> dict[str, type[Spec]]:
-    """Return every known variant by name."""
-    return dict(sorted(_VARIANTS.items()))
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -44,14 +44,14 @@ class LoRA(Spec):
         problems = []
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             problems.append(f"rank is {self.rank!r}; it must be a whole number of at least 1")
-        if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha) or self.alpha == 0:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < abs(self.alpha) < 1e30:
             problems.append(f"alpha is {self.alpha!r}; it must be a finite number other than 0, or nothing would train")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             problems.append(f"dropout is {self.dropout!r}; it must be a probability in [0, 1)")
         if self.init not in INITIALISATIONS:
             problems.append(f"init is {self.init!r}; it must be one of {', '.join(INITIALISATIONS)}")
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            problems.append(f"dtype is {self.dtype!r}; it must be a floating-point torch.dtype, or None")
+        if self.dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            problems.append(f"dtype is {self.dtype!r}; it must be torch.float32, bfloat16, float16 or float64, or None")
         raise_problems("LoRA cannot be set up like this", problems)
 
     @property

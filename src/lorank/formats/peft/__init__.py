@@ -6,9 +6,11 @@ files with the same outputs. Beside that the safetensors header carries lorank's
 """
 
 import json
+import pickle
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import AdapterError
 from ...targets import Names
@@ -18,7 +20,7 @@ from .config import check_config, encode_config, read_config
 from .header import apply_account, encode_header, read_header
 from .tensors import decode, encode_tensors
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 def detect(path: Path) -> bool:
@@ -38,23 +40,37 @@ def write(content: Content, path: Path, model: nn.Module) -> None:
     safetensors_file.write_atomically(files)
 
 
-def read(path: Path, names: Names) -> Content:
+def read(path: Path, names: Names, allow_pickle: bool = False) -> Content:
     """Read an adapter for a model with these module names; raises AdapterError that lists every problem."""
     folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
     config = read_config(folder / CONFIG)
-    if not file.is_file():
-        pickled = folder / "adapter_model.bin"
-        hint = (
-            f"; {pickled.name} is a pickle, which lorank does not open: save it as safetensors"
-            if pickled.exists()
-            else ""
-        )
-        raise AdapterError(f"{folder} has no {TENSORS}{hint}")
-    packed, tensors, metadata = safetensors_file.read(file)
-    account = read_header(metadata, packed, file)
-    remarks = check_config(config, folder / CONFIG)
+    if file.is_file():
+        packed, tensors, metadata = safetensors_file.read(file)
+        account = read_header(metadata, packed, file)
+    else:
+        tensors, account = _read_pickle(folder, allow_pickle), None
+    problems, remarks = check_config(config)
     content = decode(config, tensors, account, names)
     if account is not None:
         apply_account(account, content, names)
+    content.problems[:0] = problems
     content.remarks += remarks
     return content
+
+
+def _read_pickle(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    """Return the tensors of an `adapter_model.bin`, which PEFT wrote before it wrote safetensors."""
+    file = folder / PICKLE
+    if not file.is_file():
+        raise AdapterError(f"{folder} has no {TENSORS}")
+    if not allow_pickle:
+        raise AdapterError(
+            f"{folder} has no {TENSORS}, and {PICKLE} is a pickle: pass allow_pickle=True if you trust its origin"
+        )
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise AdapterError(f"{file} cannot be read: {error}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise AdapterError(f"{file} holds no dictionary of tensors")
+    return tensors

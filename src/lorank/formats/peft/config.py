@@ -73,7 +73,7 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": _task_type(model, content),
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "base_model_name_or_path": _hub_id(getattr(config, "_name_or_path", None)),
         "revision": None,
         "inference_mode": True,
         "r": rank,
@@ -82,7 +82,7 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
         "use_rslora": spec.rank_stabilised,
         "use_dora": False,
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
-        "bias": {"none": "none", "adapted": "lora_only", "all": "all"}[content.bias],
+        "bias": next(theirs for theirs, ours in BIAS.items() if ours == content.bias),
         "fan_in_fan_out": any(u.host is not None and u.host.transposed for u in content.updates.values()),
         "target_modules": _target_modules(content, model),
         "exclude_modules": None,
@@ -108,6 +108,12 @@ def _exactly(name: str) -> str:
 
 def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else float(value)
+
+
+def _hub_id(name: Any) -> str | None:
+    """Return the name of a base on the hub. A local path differs from machine to machine, and so would the file."""
+    is_id = isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()
+    return name if is_id else None
 
 
 def _task_type(model: nn.Module, content: Content) -> str | None:
@@ -137,28 +143,36 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any], path: Path) -> list[str]:
-    """Refuse what changes the meaning of the tensors and is not supported; return remarks on what is not known."""
-    problems = []
+def check_config(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return problems and remarks: settings that change what the tensors mean and are not supported, and unknown ones.
+
+    Raises AdapterError for a configuration of another method, or with values of the wrong kind, with which nothing
+    more can be said about the file.
+    """
+    wrong = []
     if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA can be read")
-    for key, harmless in _MEANINGFUL.items():
-        if key in config and config[key] not in harmless:
-            problems.append(f"{key} is {config[key]!r}, which is not supported")
+        wrong.append(f"peft_type is {config.get('peft_type')!r}; only LORA can be read")
+    for key, kinds in _KINDS.items():
+        if config.get(key) is not None and (isinstance(config[key], bool) or not isinstance(config[key], kinds)):
+            wrong.append(f"{key} is {config[key]!r}")
+    if config.get("bias") not in (None, *BIAS):
+        wrong.append(f"bias is {config['bias']!r}; PEFT knows {', '.join(BIAS)}")
+    raise_problems("adapter_config.json cannot be read", wrong)
+    problems = [
+        f"adapter_config.json: {key} is {config[key]!r}, which is not supported"
+        for key, harmless in _MEANINGFUL.items()
+        if key in config and config[key] not in harmless
+    ]
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_MOVES_BASE):
         problems.append(
-            f"init_lora_weights is {init!r}: the adapter belongs to a base from which PEFT takes the adapter's start "
-            "away when it loads; convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"adapter_config.json: init_lora_weights is {init!r}: the adapter belongs to a base from which PEFT takes "
+            "the adapter's start away when it loads; convert it in PEFT (save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
         )
-    for key, kinds in _KINDS.items():
-        if config.get(key) is not None and not isinstance(config[key], kinds):
-            problems.append(f"{key} is {config[key]!r}")
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        problems.append(f"bias is {config['bias']!r}; PEFT knows none, all and lora_only")
-    raise_problems(f"cannot read {path}", problems)
     unknown = sorted(key for key in config.keys() - _HARMLESS - _MEANINGFUL.keys() if config[key])
-    return [f"{path}: {enumerate_names(unknown)} is not known here and was ignored"] if unknown else []
+    remarks = [f"adapter_config.json: {enumerate_names(unknown)} is not known here and was ignored"] if unknown else []
+    return problems, remarks
 
 
 def spec_of(config: Mapping[str, Any], problems: list[str]) -> LoRA:

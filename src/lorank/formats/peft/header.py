@@ -96,6 +96,8 @@ def _parse(account: dict[str, Any]) -> Account:
         layers[name] = LayerAccount(_spec(fields["spec"]), list(fields["parts"]), prints)
     if account["bias"] not in BIAS.values():
         raise ValueError(f"bias is {account['bias']!r}")
+    if not all(isinstance(name, str) for name in [*account["biases"], *account["copies"]]):
+        raise ValueError("names of modules are strings")
     return Account(_spec(account["spec"]), account["bias"], layers, [*account["biases"]], [*account["copies"]])
 
 
@@ -109,12 +111,14 @@ def _spec(fields: dict[str, Any]) -> LoRA:
 def apply_account(account: Account, content: Content, names: Names) -> None:
     """Hold what was read against the file's own account, and take from it specs, parts and fingerprints."""
     problems = content.problems
-    problems += [f"the file lacks the factors of {name}" for name in account.layers.keys() - content.updates.keys()]
+    problems += [
+        f"the file lacks the factors of {name}" for name in sorted(account.layers.keys() - content.updates.keys())
+    ]
     problems += [
         f"the file has factors of {name}, which its header does not name"
-        for name in content.updates.keys() - account.layers.keys()
+        for name in sorted(content.updates.keys() - account.layers.keys())
     ]
-    problems += [f"the file lacks the bias of {name}" for name in set(account.biases) - content.biases.keys()]
+    problems += [f"the file lacks the bias of {name}" for name in sorted(set(account.biases) - content.biases.keys())]
     content.spec = account.spec
     content.bias = account.bias
     for name, told in account.layers.items():

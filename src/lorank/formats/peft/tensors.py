@@ -110,7 +110,7 @@ def _update(path: str, pair: dict[str, Tensor], spec: LoRA, problems: list[str])
         return None
     if A.shape[0] != spec.rank:
         problems.append(f"{path}: its factors have rank {A.shape[0]}, adapter_config.json says {spec.rank}")
-        return None
+        spec = dataclasses.replace(spec, rank=max(A.shape[0], 1))
     return LayerUpdate(spec, {"weight": (A, B)})
 
 
