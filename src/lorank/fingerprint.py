@@ -1,64 +1,82 @@
 """Recognise a base by the weights that an adapter sits on: the same, the same in another dtype, or another one.
 
-A hash would only tell equal from unequal. A fingerprint keeps some values of each adapted matrix, so that two
-bases can be compared through the rounding of a dtype, and a real difference can be measured.
+A hash would only tell equal from unequal. A fingerprint keeps a checksum of all bits of each adapted matrix, and
+some of its values: so two bases can be compared through the rounding of a dtype, and a difference can be measured.
 """
 
 import base64
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SAMPLES = 32  # values kept of each matrix, evenly spread over it
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Samples of one matrix and the dtype they were rounded to."""
+    """What is remembered of one matrix."""
 
     dtype: str  # "bfloat16"
+    checksum: int  # of all bits
     samples: Tensor  # (SAMPLES,) float32
 
-    def to_json(self) -> dict[str, str]:
-        return {"dtype": self.dtype, "samples": base64.b64encode(array("f", self.samples.tolist()).tobytes()).decode()}
+    def to_json(self) -> dict[str, Any]:
+        samples = base64.b64encode(array("f", self.samples.tolist()).tobytes()).decode()
+        return {"dtype": self.dtype, "checksum": self.checksum, "samples": samples}
 
     @staticmethod
-    def from_json(fields: dict[str, str]) -> "Fingerprint":
+    def from_json(fields: dict[str, Any]) -> "Fingerprint":
+        """Return what `to_json` described; raises ValueError, KeyError or TypeError for anything else."""
         samples = array("f", base64.b64decode(fields["samples"]))
         if not isinstance(getattr(torch, fields["dtype"], None), torch.dtype) or len(samples) != SAMPLES:
             raise ValueError(f"a fingerprint of {len(samples)} samples in {fields['dtype']!r}")
-        return Fingerprint(fields["dtype"], torch.tensor(samples.tolist(), dtype=torch.float32, device="cpu"))
+        values = torch.tensor(samples.tolist(), dtype=torch.float32, device="cpu")
+        return Fingerprint(fields["dtype"], int(fields["checksum"]), values)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """How a matrix differs from the one that was fingerprinted."""
 
-    same: bool  # no difference that rounding to the coarser of the two dtypes does not explain
+    same: bool  # no difference, or none that rounding to another dtype does not explain
     dtypes: tuple[str, str]  # then, now
     difference: float  # relative, over the samples
 
 
 def fingerprint(W: Tensor) -> Fingerprint:
-    """Return the fingerprint of a dense matrix."""
-    return Fingerprint(str(W.dtype).removeprefix("torch."), _sample(W))
+    """Return the fingerprint of a dense matrix (out, in)."""
+    return Fingerprint(str(W.dtype).removeprefix("torch."), _checksum(W), _sample(W))
 
 
 def compare(then: Fingerprint, W: Tensor) -> Comparison:
-    """Compare a matrix with a fingerprint taken earlier."""
+    """Compare a matrix with a fingerprint taken earlier.
+
+    In the same dtype every bit counts. In another dtype the samples must be roundings of one value.
+    """
     now = fingerprint(W)
     gap = (then.samples - now.samples).abs()
-    coarse = max(_epsilon(then.dtype), _epsilon(now.dtype))
-    # Both are roundings of one value: each is off by at most half a unit in the last place of its dtype. The
-    # absolute term covers float16's subnormal range.
-    size = torch.maximum(then.samples.abs(), now.samples.abs())
-    allowed = coarse * size + (6e-8 if coarse > _epsilon("float32") else 0.0) if then.dtype != now.dtype else 0 * size
     norm = float(torch.linalg.vector_norm(then.samples))
     difference = float(torch.linalg.vector_norm(gap)) / norm if norm else float(gap.max())
-    same = then.samples.shape == now.samples.shape and bool((gap <= allowed).all())
-    return Comparison(same, (then.dtype, now.dtype), difference)
+    if then.dtype == now.dtype:
+        same = then.checksum == now.checksum and not gap.any()
+    else:
+        # Each is off by at most half a unit in the last place of its dtype, and of the coarser one that is at most
+        # half its epsilon of the larger value. The absolute term covers float16's subnormal range.
+        coarse = max(_epsilon(then.dtype), _epsilon(now.dtype))
+        allowed = coarse * torch.maximum(then.samples.abs(), now.samples.abs()) + 6e-8
+        same = bool((gap <= allowed).all())
+    return Comparison(bool(same), (then.dtype, now.dtype), difference)
+
+
+def _checksum(W: Tensor) -> int:
+    """Return the sum of all bit patterns, each row times its number; whole numbers, so that no order matters."""
+    bits = W.detach().view(_BITS[W.element_size()])
+    rows = bits.sum(dim=1, dtype=torch.int64)
+    return int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())
 
 
 def _sample(W: Tensor) -> Tensor:

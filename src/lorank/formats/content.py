@@ -316,7 +316,7 @@ def _other_base(compared: dict[str, Comparison], allow_other_base: bool, remarks
         label, worst = max(different.items(), key=lambda item: item[1].difference)
         text = (
             f"the base differs from the one this adapter was saved on, in {len(different)} of {len(compared)} adapted "
-            f"matrices (sampled; most in {label}, by {worst.difference:.2%})"
+            f"matrices (most in {label}, by {worst.difference:.2%} of its sampled values)"
         )
         if not allow_other_base:
             return [f"{text}; pass allow_other_base=True to load it all the same"]
