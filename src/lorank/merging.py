@@ -135,7 +135,8 @@ def merged(model: nn.Module, name: str | None = None) -> Iterator[MergeReport]:
     """Run with adapters folded into the weights; afterwards the weights are the same bits as before.
 
     The block needs memory for a copy of every weight that it changes. Inside it the model cannot be adapted,
-    switched or saved. Raises AdapterError as `merge` does.
+    switched or loaded; a state dict taken there is an ordinary checkpoint of the merged model. Raises
+    AdapterError as `merge` does.
     """
     model = unwrapped(model)
     jobs, names = _prepare(model, name)

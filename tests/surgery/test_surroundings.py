@@ -67,6 +67,19 @@ def test_a_merged_model_is_an_ordinary_checkpoint(tied: bool, tmp_path: Path) ->
     assert torch.equal(again(x).logits, model(x).logits)
 
 
+def test_a_checkpoint_saved_in_a_merged_block_is_the_merged_model(tmp_path: Path) -> None:
+    model, x = models.llama(), models.ids()
+    lorank.adapt(model, LoRA(rank=2), "all-linear", train_also=["lm_head"])
+    models.disturb(model)
+    y = model(x).logits
+    with lorank.merged(model):
+        model.save_pretrained(tmp_path)
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)  # pyright: ignore
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    torch.testing.assert_close(again(x).logits, y, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(x).logits, y)
+
+
 def test_generation_works_and_follows_the_active_adapter() -> None:
     model = models.llama()
     prompt = models.ids(1, 4)
