@@ -12,6 +12,7 @@ LAYERS = [
     {"variants"},
     {"adapted"},
     {"companions", "targets", "ties"},
+    {"copies"},
     {"planning"},
     {"surgery"},
     {"merging", "health"},

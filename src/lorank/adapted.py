@@ -67,8 +67,9 @@ class Adapters(nn.Module):
 def _leave_out_folded(adapters: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Leave adapters out of a state dict taken in a `merged` block: its weights hold them already."""
     assert isinstance(adapters, Adapters)
-    if adapters.folded:
-        for key in [key for key in state_dict if key.startswith(prefix)]:
+    prefixes = tuple(f"{prefix}{name}." for name in adapters.folded)
+    if prefixes:
+        for key in [key for key in state_dict if key.startswith(prefixes)]:
             del state_dict[key]
 
 
@@ -82,6 +83,11 @@ def _allow_base_checkpoint(adapters: nn.Module, incompatible: _IncompatibleKeys)
     prefix = adapters.absent
     if prefix is not None:
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(prefix)]
+
+
+def refuse_in_merged_block(model: nn.Module, *args: Any) -> None:
+    """Raise before `load_state_dict` has changed anything in a `merged` block (a hook of it)."""
+    require_not_folded(model, "cannot load a state dict")
 
 
 def require_whole_checkpoint(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
@@ -141,9 +147,10 @@ def run_copy(layer: nn.Module, copy: nn.Module, args: tuple[Any, ...], kwargs: d
     """Run a copy of a layer, with its parameters rounded to the dtypes of the layer's own where they are wider."""
     rounded = {}
     for name, parameter in copy.named_parameters():
-        dtype = layer.get_parameter(name).dtype
-        if parameter.dtype != dtype:
-            rounded[name] = parameter.to(dtype)
+        path, _, key = name.rpartition(".")
+        own = layer.get_submodule(path)._parameters.get(key)  # None when it was parametrised since
+        if own is not None and parameter.dtype != own.dtype:
+            rounded[name] = parameter.to(own.dtype)
     return torch.func.functional_call(copy, rounded, args, kwargs) if rounded else copy(*args, **kwargs)
 
 

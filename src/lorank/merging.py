@@ -23,7 +23,7 @@ from .adapted import (
 from .companions import BiasOffset
 from .errors import AdapterWarning, raise_problems
 from .hosts import FusedHost, Host, NoHost, host_of, plain_parameter
-from .surgery import named_or_active, set_active, thaw_base, why_not_together
+from .surgery import named_or_active, thaw_base, why_not_together
 from .ties import Ties
 from .variants import Adapter, LoRAAdapter, Update
 
@@ -146,7 +146,8 @@ def merged(model: nn.Module, name: str | None = None) -> Iterator[MergeReport]:
         for layer, _ in active.values():
             layer.adapters.folded = tuple(names)
         rows = [row for job in jobs for row in _fold(job)]
-        set_active(model, ())
+        for layer, before in active.values():
+            layer.adapters.activate(tuple(other for other in before if other not in names))
         yield MergeReport(tuple(names), tuple(rows), tuple(job.name for job in jobs if job.stand_in is not None))
     finally:
         for tensor, bits in saved:
@@ -229,6 +230,13 @@ def _job_problems(job: _Job, ties: Ties) -> list[str]:
 def _overflows(job: _Job) -> list[str]:
     """Return a problem for each tensor that the layer's dtype (float16, in practice) could not hold."""
     problems = []
+    if job.stand_in is not None:
+        trained = dict(_base_tensors(job.stand_in))
+        for name, tensor in _base_tensors(job.layer):
+            if isinstance(tensor, nn.Parameter) and not torch.isfinite(trained[name].to(tensor.dtype)).all():
+                problems.append(
+                    f"{job.name}{name if name.startswith('.') else f'.{name}'}: too large for {_name(tensor.dtype)}"
+                )
     if job.offsets:
         bias = plain_parameter(job.layer, "bias")
         total = sum((offset.offset for offset in job.offsets), _wide(bias))
@@ -263,11 +271,14 @@ def _delta(job: _Job, part: str) -> Tensor:
 
 @torch.no_grad()
 def _fold(job: _Job) -> list[MergeRow]:
+    rows: list[MergeRow] = []
     if job.stand_in is not None:
         trained = dict(_base_tensors(job.stand_in))
         for name, tensor in _base_tensors(job.layer):
+            before = _wide(tensor).clone()
             tensor.data.copy_(trained[name])
-    rows: list[MergeRow] = []
+            if trained[name].dtype != tensor.dtype:  # a float32 copy in a half-precision base
+                rows.append(_row(f"{job.name}.{name}", before, _wide(trained[name]) - before, tensor))
     for part, updates in job.updates.items():
         host: Host = updates[0].host
         before = _wide(host.matrix(job.layer, part)).clone()
@@ -304,5 +315,5 @@ def _base_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     for prefix, child in base_modules(module):
         for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
             if tensor is not None:
-                found.append((f"{prefix}.{name}", tensor))
+                found.append((f"{prefix}.{name}".removeprefix("."), tensor))
     return found

@@ -1,20 +1,21 @@
 """plan: what `adapt` would change, with every problem found before the first layer is touched."""
 
 import dataclasses
+import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
-from .adapted import Adapted, Adapters, adapter_names, base_class, base_modules, unwrapped, why_not_attachable
+from .adapted import Adapters, adapter_names, base_class, unwrapped, why_not_attachable
 from .companions import why_no_bias_offset
+from .copies import count, find_copies, lies_in, moving_statistics, own_parameters
 from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
-from .hosts import FusedHost, Host, NoHost, host_of, layout_of, overrides_forward
+from .hosts import FusedHost, Host, NoHost, host_of, layout_of
 from .targets import Names, Selection, Targets, find_modules, parse_parts, select
 from .variants import Spec
 
@@ -111,10 +112,13 @@ def _joined(names: Sequence[str]) -> str:
     """Return names that differ only in numbers as one: `layers.{0-11}.q_proj`, `layers.{1,3}.q_proj`."""
     numbers_of = [[int(number) for number in re.findall(r"\b\d+\b", name)] for name in names]
     columns = [sorted(set(column)) for column in zip(*numbers_of, strict=True)]
+    every_combination = math.prod(map(len, columns)) == len(names)
 
     def text(numbers: list[int]) -> str:
         if len(numbers) == 1:
             return str(numbers[0])
+        if not every_combination:
+            return "*"
         consecutive = numbers == list(range(numbers[0], numbers[-1] + 1))
         return f"{{{numbers[0]}-{numbers[-1]}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"
 
@@ -151,7 +155,7 @@ def plan(
         raise AdapterError(f"cannot adapt: train_also is {train_also!r}; give names of modules")
     notes: list[str] = []
 
-    copies = _find_copies(train_also, names, selection, problems)
+    copies = find_copies(train_also, names, selection, problems)
     specs = _specs_by_layer(spec, ranks or {}, alphas or {}, names, selection, problems)
     places = []
     for layer_name, parts in selection.layers.items():
@@ -163,7 +167,7 @@ def plan(
                 f"{place.label}: rank {place.spec.rank} is above the layer's own, {limit}; the update cannot use more"
             )
     biases = _find_biases(bias, names, selection, copies, problems)
-    notes += _moving_statistics(names, copies)
+    notes += moving_statistics(names, copies)
     for layer_name in [*selection.layers, *copies, *biases]:
         reason = why_not_attachable(names.modules[layer_name])
         if reason:
@@ -207,17 +211,6 @@ def name_problems(model: nn.Module, name: str) -> list[str]:
             f"adapter name '{name}' is taken (adapters here: {', '.join(taken)}); choose another or remove it first"
         ]
     return []
-
-
-def own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a module without those of adapters, each once."""
-    found = {id(p): p for _, m in base_modules(module) for p in m._parameters.values() if p is not None}
-    return list(found.values())
-
-
-def count(parameters: Iterable[nn.Parameter]) -> int:
-    """Return how many numbers parameters hold; those of a lazy module that has not seen an input count nothing."""
-    return sum(p.numel() for p in parameters if not isinstance(p, UninitializedParameter))
 
 
 def _specs_by_layer(
@@ -273,85 +266,6 @@ def _places(name: str, parts: tuple[str, ...] | None, spec: Spec, names: Names, 
         return []
 
 
-def _moving_statistics(names: Names, copies: Mapping[str, nn.Module]) -> list[str]:
-    """Return a warning for buffers that training moves in the base itself: they are neither frozen nor saved."""
-    moving = [
-        name
-        for name, module in names.modules.items()
-        if getattr(module, "track_running_stats", False) and module.training and not _lies_in(name, copies)
-    ]
-    if not moving:
-        return []
-    return [
-        f"{enumerate_names(moving, 3)}: training moves the running statistics of the base, and they are not saved with "
-        "the adapter; put these modules in eval mode, or name them in train_also"
-    ]
-
-
-def _lies_in(name: str, tops: Iterable[str]) -> bool:
-    return any(name == top or name.startswith(top + ".") for top in tops)
-
-
-def _find_copies(
-    train_also: str | Sequence[str], names: Names, selection: Selection, problems: list[str]
-) -> dict[str, nn.Module]:
-    found: dict[str, str] = {}
-    for pattern in [train_also] if isinstance(train_also, str) else train_also:
-        matched, problem = find_modules(pattern, names)
-        if problem:
-            problems.append(f"train_also {problem}")
-        found.update(dict.fromkeys(matched, pattern))
-    for name in found:
-        above = next((other for other in found if name.startswith(other + ".")), None)
-        if above:
-            problems.append(f"train_also names {above} and {name}, which lies in it")
-    copies: dict[str, nn.Module] = {}
-    for name, pattern in found.items():
-        for part in copyable_parts(name, names):
-            reason = why_not_copyable(part, names, set(selection.layers))
-            if reason:
-                problems.append(f"train_also '{pattern}': {reason}")
-            copies[part] = names.modules[part]
-    return copies
-
-
-def copyable_parts(name: str, names: Names) -> list[str]:
-    """Return the modules to copy for a module: itself, or what has parameters in it when it is a plain sequence.
-
-    A sequence runs whatever lies in it, so that nothing can be put beside its members.
-    """
-    module = names.modules[name]
-    if not isinstance(module, nn.Sequential) or overrides_forward(module, nn.Sequential) or not name:
-        return [name]
-    members = [f"{name}.{child}" for child in module._modules if child != "adapters"]
-    return [
-        part for member in members if own_parameters(names.modules[member]) for part in copyable_parts(member, names)
-    ]
-
-
-def why_not_copyable(name: str, names: Names, adapted: set[str]) -> str | None:
-    """Return why a module cannot be trained as a copy beside the layers `adapted`; None when it can."""
-    module = names.modules[name]
-    if name == "":
-        return "that is the whole model; for full fine-tuning no adapter is needed"
-    if not own_parameters(module):
-        return f"{name} has no parameters"
-    unread = names.why_unread(name)
-    if unread:
-        return f"{name}: {unread}"
-    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict | nn.Sequential):
-        return f"{name} is a {type(module).__name__}, which runs whatever lies in it; name the modules in it"
-    if name in adapted:
-        return f"{name} would be adapted and trained whole at once"
-    inside = [layer for layer in adapted if layer.startswith(name + ".")]
-    if inside:
-        return f"{name} contains {enumerate_names(sorted(inside), 3)}, which would be adapted; exclude with '!{name}'"
-    already = [n for n, m in names.modules.items() if n.startswith(name + ".") and isinstance(m, Adapted)]
-    if already:
-        return f"{name} contains {enumerate_names(already, 3)}, which another adapter changes"
-    return None
-
-
 def _find_biases(
     bias: Bias, names: Names, selection: Selection, copies: dict[str, nn.Module], problems: list[str]
 ) -> dict[str, nn.Module]:
@@ -365,7 +279,7 @@ def _find_biases(
     refused: dict[str, str] = {}
     for name in candidates:
         module = names.modules[name]
-        if _lies_in(name, copies) or name in selection.excluded:
+        if lies_in(name, copies) or name in selection.excluded:
             continue
         if bias == "all":
             others = [key for key, p in module._parameters.items() if p is not None and "bias" in key and key != "bias"]

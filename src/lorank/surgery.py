@@ -16,6 +16,7 @@ from .adapted import (
     detach,
     entries,
     pristine_copy,
+    refuse_in_merged_block,
     require_not_folded,
     require_not_sharded,
     require_whole_checkpoint,
@@ -116,22 +117,43 @@ def freeze_base(model: nn.Module) -> None:
                 frozen.append(f"{module_name}.{parameter_name}")
     if _FROZEN not in model.__dict__:
         model.__dict__[_FROZEN] = frozen
+        model.register_load_state_dict_pre_hook(refuse_in_merged_block)
         model.register_load_state_dict_post_hook(require_whole_checkpoint)
 
 
 def thaw_base(model: nn.Module) -> None:
-    """Let gradients run again where `freeze_base` stopped them, wherever no adapter is left."""
+    """Let gradients run again where `freeze_base` stopped them, in every model that no adapter is left on."""
     for _, root in base_modules(model):
-        if _FROZEN not in root.__dict__ or adapted_layers(root):
+        if _FROZEN not in root.__dict__ or _is_adapted_through(root):
             continue
         frozen = set(root.__dict__.pop(_FROZEN))
+        still = [(name, m) for name, m in base_modules(root) if _FROZEN in m.__dict__ and _is_adapted_through(m)]
         for module_name, module in base_modules(root):
+            inner = next(((name, m) for name, m in still if f"{module_name}.".startswith(f"{name}.")), None)
             for parameter_name, parameter in module._parameters.items():
-                if parameter is not None and f"{module_name}.{parameter_name}" in frozen:
+                if parameter is None or f"{module_name}.{parameter_name}" not in frozen:
+                    continue
+                if inner is None:
                     parameter.requires_grad_(True)
-        hooks = root._load_state_dict_post_hooks
-        for key in [key for key, hook in hooks.items() if hook is require_whole_checkpoint]:
-            del hooks[key]
+                else:  # lies in a part that was adapted by itself, and is now frozen for that alone
+                    path = module_name.removeprefix(inner[0]).removeprefix(".")
+                    inner[1].__dict__[_FROZEN].append(f"{path}.{parameter_name}")
+        _remove_hooks(root)
+
+
+def _is_adapted_through(root: nn.Module) -> bool:
+    """Tell whether an adapter is left that was put on this very module, and not on a part of it."""
+    return any(
+        full == name for name, layer in adapted_layers(root).items() for full in layer.adapters.layer_names.values()
+    )
+
+
+def _remove_hooks(root: nn.Module) -> None:
+    for key in [key for key, hook in root._load_state_dict_post_hooks.items() if hook is require_whole_checkpoint]:
+        del root._load_state_dict_post_hooks[key]
+    before = root._load_state_dict_pre_hooks
+    for key in [key for key, hook in before.items() if getattr(hook, "hook", None) is refuse_in_merged_block]:
+        del before[key]
 
 
 def reset(model: nn.Module, name: str | None = None) -> None:
@@ -154,12 +176,13 @@ def reset(model: nn.Module, name: str | None = None) -> None:
 def _copy_tensors(layer: nn.Module, copy: nn.Module) -> None:
     """Give a copy the values of the module it was made of, in place; what is on the meta device is made anew."""
     own = dict(base_modules(layer))
+    made: dict[int, nn.Parameter] = {}  # what is tied in the base stays tied in the copy
     for name, module in base_modules(copy):
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 source = own[name].get_parameter(key)
-                module._parameters[key] = on_device_of(parameter, source)
-                module.get_parameter(key).data.copy_(source)
+                made.setdefault(id(source), on_device_of(parameter, source)).data.copy_(source)
+                module._parameters[key] = made[id(source)]
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 source = own[name].get_buffer(key)

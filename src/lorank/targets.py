@@ -138,6 +138,8 @@ def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
             _select_by_name(target, names, selection)
     for name in selection.layers.keys() & selection.excluded:
         del selection.layers[name]
+    for name in selection.left_out.keys() & (selection.excluded | selection.layers.keys()):
+        del selection.left_out[name]
     if not selection.layers and not selection.problems:
         only = all(isinstance(target, str) and target.startswith("!") for target in wanted)
         what = "only exclude; add what to select, such as 'all-linear'" if only else "exclude every layer they select"
@@ -187,7 +189,8 @@ def _exclude(target: str, model: nn.Module, names: Names, selection: Selection) 
     if pattern in _WORDS:
         by_word = Selection()
         _WORDS[pattern](model, names, by_word)
-        found, problem = list(by_word.layers), next(iter(by_word.problems), None)
+        found = [*by_word.layers, *(name for name in by_word.left_out if name not in output_heads(model, names))]
+        problem = None if found else next(iter(by_word.problems), None)
     else:
         found, problem = find_modules(pattern, names)
     if problem:

@@ -346,3 +346,12 @@ def test_a_pickled_file_opens_on_request_only(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"nonsense")
     with pytest.raises(lorank.AdapterError, match="cannot be read"):
         lorank.load(base, tmp_path, name="again", allow_pickle=True)
+
+
+def test_modules_to_save_that_peft_matched_by_their_endings_load(tmp_path: Path) -> None:
+    base, x = models.llama(), models.ids()
+    theirs = peft_model(copy.deepcopy(base), target_modules=["q_proj"], modules_to_save=["layernorm"], r=2)
+    theirs.save_pretrained(str(tmp_path))
+    plan = lorank.load(base, tmp_path)
+    assert len(plan.copies) == 4
+    torch.testing.assert_close(output(base, x), output(theirs, x), rtol=1e-5, atol=1e-5)

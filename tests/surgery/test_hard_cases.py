@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import lorank
@@ -564,3 +565,159 @@ def test_parameters_of_a_copy_that_are_no_numbers_are_not_trained(x: Tensor) -> 
     model(x).sum().backward()
     assert "1.adapters.default.steps" not in lorank.adapter_parameters(model)
     assert lorank.check(model) == []
+
+
+# ---- copies, again
+
+
+def test_a_head_whose_weight_a_hook_computes_is_refused(x: Tensor) -> None:
+    head = prune.l1_unstructured(nn.Linear(6, 2), "weight", 0.5)
+    model = models.sequential(nn.Linear(6, 6), head)
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(AdapterError, match=r"1: a hook computes its weight \(pruned or normalised\)"):
+        lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+
+
+def test_members_of_a_sequence_that_only_keep_statistics_are_copied_too(x: Tensor, tmp_path: Any) -> None:
+    model = Small()
+    model.head = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 2))
+    base = copy.deepcopy(model)
+    plan = lorank.adapt(model, LoRA(rank=2), "a", train_also=["head"])
+    assert list(plan.copies) == ["head.0", "head.1", "head.2"]
+    model.train()
+    for _ in range(3):
+        model(3 * x + 1)
+    model.eval()
+    base.eval()
+    y = model(x)
+    with lorank.disabled(model):
+        assert torch.equal(model(x), base(x))
+    lorank.save(model, tmp_path)
+    lorank.load(base, tmp_path)
+    assert torch.equal(base(x), y)
+
+
+def test_weights_tied_across_members_of_a_sequence_are_refused() -> None:
+    first, last = nn.Linear(6, 6), nn.Linear(6, 6)
+    last.weight = first.weight
+    model = models.sequential(nn.Linear(6, 6), nn.Sequential(first, nn.ReLU(), last))
+    with pytest.raises(AdapterError, match=r"1\.0 and 1\.2 share a weight, which two copies would not"):
+        lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+
+
+def test_a_tie_inside_a_copy_survives_a_reset_from_the_meta_device(x: Tensor) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    with torch.device("meta"):
+        model = models.sequential(nn.Linear(6, 6), Tied())
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    model.to_empty(device="cpu")
+    model[1].b.weight = model[1].a.weight
+    with pytest.warns(lorank.AdapterWarning):
+        model.load_state_dict(models.sequential(nn.Linear(6, 6), Tied()).state_dict())
+    lorank.reset(model)
+    twin = model[1].adapters["default"]
+    assert twin.a.weight is twin.b.weight
+    models.disturb(model)
+    y = model(x)
+    lorank.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_that_its_base_cannot_hold_is_refused_and_its_rounding_is_reported() -> None:
+    model = models.sequential(nn.Linear(6, 6), nn.Linear(6, 2)).half()
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    models.disturb(model)
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        large[1].adapters["default"].weight.fill_(1e5)
+    with pytest.raises(AdapterError, match=r"1\.weight: too large for float16"):
+        lorank.merge(large)
+    report = lorank.merge(model)
+    assert {row.label for row in report.rows} == {"0", "1.weight", "1.bias"}
+    assert all(0 < row.relative_error < 1e-2 for row in report.rows)
+
+
+def test_a_head_that_is_parametrised_after_adapt_still_runs(x: Tensor) -> None:
+    model = models.sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+    lorank.adapt(model, LoRA(rank=2), "0", train_also=["1"])
+    y = model(x)
+    nn.utils.parametrizations.weight_norm(model[1])
+    assert torch.equal(model(x), y)
+
+
+# ---- roots inside roots, and blocks
+
+
+def test_loading_in_a_merged_block_is_refused_before_anything_is_written(x: Tensor) -> None:
+    model = models.sequential(nn.Linear(6, 6), Small())
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    lorank.adapt(model, LoRA(rank=2), ["a"])
+    y = model(x)
+    with lorank.merged(model), pytest.raises(AdapterError, match="cannot load a state dict inside"):
+        model.load_state_dict(zeros)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+@pytest.mark.parametrize("remove_inner_first", [True, False])
+def test_a_model_and_a_part_of_it_may_both_be_adapted(inner_first: bool, remove_inner_first: bool) -> None:
+    model = models.sequential(nn.Linear(6, 6), Small())
+    attributes = [(list(m.__dict__), len(m._load_state_dict_post_hooks)) for m in model.modules()]
+    adapts = [
+        lambda: lorank.adapt(model[1], LoRA(rank=2), ["a"], name="inner"),
+        lambda: lorank.adapt(model, LoRA(rank=2), ["0"], name="outer"),
+    ]
+    removes = [lambda: lorank.remove(model[1], "inner"), lambda: lorank.remove(model, "outer")]
+    for action in adapts if inner_first else adapts[::-1]:
+        action()
+    for i, action in enumerate(removes if remove_inner_first else removes[::-1]):
+        action()
+        if i == 0:
+            assert (
+                not model[0 if remove_inner_first else 1]
+                .get_parameter("weight" if remove_inner_first else "b.weight")
+                .requires_grad
+            )
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [(list(m.__dict__), len(m._load_state_dict_post_hooks)) for m in model.modules()] == attributes
+
+
+# ---- targets and plans
+
+
+def test_attentions_that_cannot_be_adapted_can_be_excluded() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
+    plan = lorank.plan(model, LoRA(rank=1), ["all-linear", "!attention"])
+    assert plan.layers == ["fc"] and plan.left_out == {}
+
+
+def test_a_head_that_is_named_is_not_listed_as_left_out() -> None:
+    plan = lorank.plan(models.llama(), LoRA(rank=1), ["lm_head", "all-linear"])
+    assert "lm_head" in plan.layers and plan.left_out == {}
+
+
+def test_a_plan_joins_names_only_where_all_combinations_are_meant() -> None:
+    grid = nn.ModuleList([nn.ModuleList([nn.Linear(4, 4) for _ in range(3)]) for _ in range(3)])
+    model = nn.ModuleDict({"l": grid})
+    assert "l.{0-2}.{0-2}  x 9" in str(lorank.plan(model, LoRA(rank=1), "all-linear"))
+    assert "l.*.*   x 3" in str(lorank.plan(model, LoRA(rank=1), ["l.0.1", "l.1.0", "l.2.2"]))
+    assert "l.{0,2}.1  x 2" in str(lorank.plan(model, LoRA(rank=1), ["l.0.1", "l.2.1"]))
+
+
+def test_a_base_with_infinities_recognises_itself(tmp_path: Any) -> None:
+    model = models.sequential(nn.Linear(6, 6))
+    with torch.no_grad():
+        model[0].weight[0] = float("-inf")
+    lorank.adapt(model, LoRA(rank=2), "0")
+    lorank.save(model, tmp_path)
+    lorank.remove(model)
+    lorank.load(model, tmp_path)

@@ -117,7 +117,7 @@ def test_merging_one_adapter_keeps_the_others() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_merged_block_folds_only_what_is_named_and_runs_only_that() -> None:
+def test_a_merged_block_folds_what_is_named_and_leaves_the_others_active() -> None:
     model, x = models.llama(), models.ids()
     lorank.adapt(model, LoRA(), "q_proj", name="a")
     models.disturb(model)
@@ -125,8 +125,18 @@ def test_a_merged_block_folds_only_what_is_named_and_runs_only_that() -> None:
     lorank.adapt(model, LoRA(), "v_proj", name="b")
     models.disturb(model)
     b = model(x).logits
+    lorank.activate(model, "a", "b")
+    both = model(x).logits
+    with lorank.merged(model, "a"):
+        assert lorank.active_adapters(model) == ["b"]
+        torch.testing.assert_close(model(x).logits, both, rtol=1e-5, atol=1e-5)
+        kept = [name for name in model.state_dict() if ".adapters." in name]
+        assert kept and all(".adapters.b." in name for name in kept)
+    assert torch.equal(model(x).logits, both)
+    lorank.activate(model)
     with lorank.merged(model, "a"):
         torch.testing.assert_close(model(x).logits, a, rtol=1e-5, atol=1e-5)
+    lorank.activate(model, "b")
     assert torch.equal(model(x).logits, b)
 
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..adapted import entries, pristine_copy, why_not_attachable
 from ..companions import BiasOffset, join, why_no_bias_offset
+from ..copies import copyable_parts, count, own_parameters, why_not_copyable
 from ..errors import AdapterError, did_you_mean, enumerate_names, raise_problems
 from ..fingerprint import Comparison, Fingerprint, compare, fingerprint
 from ..hosts import FusedHost, Host, NoHost, host_of, layout_of
-from ..planning import Bias, Place, Plan, copyable_parts, count, name_problems, own_parameters, why_not_copyable
+from ..planning import Bias, Place, Plan, name_problems
 from ..surgery import install, require_no_inference_mode
 from ..targets import Names
 from ..variants import Adapter, LoRA, LoRAAdapter, factor_dtype

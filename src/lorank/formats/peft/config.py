@@ -163,6 +163,8 @@ def check_config(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         for key, harmless in _MEANINGFUL.items()
         if key in config and config[key] not in harmless
     ]
+    if config.get("ensure_weight_tying") and config.get("modules_to_save"):
+        problems.append("adapter_config.json: ensure_weight_tying with modules_to_save is not supported")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_MOVES_BASE):
         problems.append(

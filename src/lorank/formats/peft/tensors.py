@@ -150,14 +150,14 @@ def _plain_path(path: str, names: Names) -> str:
 
 
 def _modules_to_save(entries: list[str], rest: Mapping[str, Tensor], names: Names) -> list[str]:
-    """Return the modules that the entries name, as whole dotted components, and of which the file has tensors."""
+    """Return the modules that the entries name and of which the file has tensors."""
     found = []
     for path in rest:
         components = path.split(".")
         for length in range(1, len(components)):
             name = ".".join(components[:length])
-            if any(f".{name}".endswith(f".{entry}") for entry in entries) and name not in found:
-                found.append(name)
+            if name.endswith(tuple(entries)):  # as PEFT matches them, without regard to dots (peft#3755)
+                found += [name] if name not in found else []
                 break
     absent = {
         name
