@@ -1,8 +1,8 @@
 """PEFT's adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
 
-The tensors say where an adapter sits; the configuration says with which scale. PEFT, vLLM and others read these
-files with the same outputs. Beside that the safetensors header carries lorank's own account of the adapter; see
-`header.py`.
+The tensors say where an adapter sits; the configuration says with which scale. PEFT reads these files with the same
+outputs (`tests/interop`); a tool that knows one rank and scale per file needs an adapter without exceptions. Beside
+that the safetensors header carries lorank's own account of the adapter; see `header.py`.
 """
 
 import json
