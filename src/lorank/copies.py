@@ -8,12 +8,13 @@ from torch.nn.parameter import UninitializedParameter
 from .adapted import Adapted, base_modules
 from .errors import enumerate_names
 from .hosts import overrides_forward
-from .targets import Names, Selection, find_modules
+from .targets import Names, Selection, find_modules, lies_in
 
 
 def find_copies(
     train_also: str | Sequence[str], names: Names, selection: Selection, problems: list[str]
 ) -> dict[str, nn.Module]:
+    """Return the modules that `train_also` names, by name; what is wrong with them goes into `problems`."""
     found: dict[str, str] = {}
     for pattern in [train_also] if isinstance(train_also, str) else train_also:
         matched, problem = find_modules(pattern, names)
@@ -94,10 +95,6 @@ def moving_statistics(names: Names, copies: Mapping[str, nn.Module]) -> list[str
         f"{enumerate_names(moving, 3)}: training moves the running statistics of the base, and they are not saved with "
         "the adapter; put these modules in eval mode, or name them in train_also"
     ]
-
-
-def lies_in(name: str, tops: Iterable[str]) -> bool:
-    return any(name == top or name.startswith(top + ".") for top in tops)
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -20,6 +20,11 @@ def raise_problems(action: str, problems: Sequence[str]) -> None:
     raise AdapterError(f"{action}:\n  " + "\n  ".join(problem.replace("\n", "\n  ") for problem in problems))
 
 
+def dtype_name(dtype: object) -> str:
+    """Return a torch.dtype as texts and files call it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def enumerate_names(names: Iterable[str], limit: int = 6) -> str:
     """Return names as `a, b, c and 4 more`."""
     listed = list(names)

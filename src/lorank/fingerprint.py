@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import dtype_name
+
 SAMPLES = 32  # values kept of each matrix, evenly spread over it
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -49,7 +51,7 @@ class Comparison:
 
 def fingerprint(W: Tensor) -> Fingerprint:
     """Return the fingerprint of a dense matrix (out, in)."""
-    return Fingerprint(str(W.dtype).removeprefix("torch."), _checksum(W), _sample(W))
+    return Fingerprint(dtype_name(W.dtype), _checksum(W), _sample(W))
 
 
 def compare(then: Fingerprint, W: Tensor) -> Comparison:

@@ -21,7 +21,7 @@ from .adapted import (
     why_not_detachable,
 )
 from .companions import BiasOffset
-from .errors import AdapterWarning, raise_problems
+from .errors import AdapterWarning, dtype_name, raise_problems
 from .hosts import FusedHost, Host, NoHost, host_of, plain_parameter
 from .surgery import named_or_active, thaw_base, why_not_together
 from .ties import Ties
@@ -62,9 +62,8 @@ class MergeReport:
             ordered = sorted(self.rows, key=lambda row: -row.relative_error)
             lines.append("relative error of the update after rounding, worst first:")
             for row in ordered[:5]:
-                lines.append(
-                    f"  {row.relative_error:9.2e}  {row.label} ({_name(row.dtype)}, update norm {row.update_norm:.3g})"
-                )
+                tensor = f"{row.label} ({dtype_name(row.dtype)}, update norm {row.update_norm:.3g})"
+                lines.append(f"  {row.relative_error:9.2e}  {tensor}")
             if len(ordered) > 5:
                 lines.append(
                     f"  and {len(ordered) - 5} more, the median {ordered[len(ordered) // 2].relative_error:.2e}"
@@ -122,8 +121,8 @@ def merge(model: nn.Module, name: str | None = None) -> MergeReport:
     worst = report.worst
     if worst is not None and worst.relative_error > _LOUD_ERROR:
         warnings.warn(
-            f"rounding to {_name(worst.dtype)} lost {worst.relative_error:.0%} of the update of {worst.label}; merge "
-            "into a float32 base, or keep the adapter unmerged",
+            f"rounding to {dtype_name(worst.dtype)} lost {worst.relative_error:.0%} of the update of {worst.label}; "
+            "merge into a float32 base, or keep the adapter unmerged",
             AdapterWarning,
             stacklevel=2,
         )
@@ -234,14 +233,12 @@ def _overflows(job: _Job) -> list[str]:
         trained = dict(_base_tensors(job.stand_in))
         for name, tensor in _base_tensors(job.layer):
             if isinstance(tensor, nn.Parameter) and not torch.isfinite(trained[name].to(tensor.dtype)).all():
-                problems.append(
-                    f"{job.name}{name if name.startswith('.') else f'.{name}'}: too large for {_name(tensor.dtype)}"
-                )
+                problems.append(f"{job.name}.{name}: too large for {dtype_name(tensor.dtype)}")
     if job.offsets:
         bias = plain_parameter(job.layer, "bias")
         total = sum((offset.offset for offset in job.offsets), _wide(bias))
         if not torch.isfinite(total.to(bias.dtype)).all():
-            problems.append(f"{job.name}: the merged bias is too large for {_name(bias.dtype)}")
+            problems.append(f"{job.name}: the merged bias is too large for {dtype_name(bias.dtype)}")
     for part, updates in job.updates.items():
         W = updates[0].host.matrix(job.layer, part)
         limit = torch.finfo(W.dtype).max
@@ -252,7 +249,7 @@ def _overflows(job: _Job) -> list[str]:
             continue
         if not torch.isfinite((_wide(W) + _delta(job, part)).to(W.dtype)).all():
             problems.append(
-                f"{job.name}: W + ΔW is too large for {_name(W.dtype)}; merge into a bfloat16 or float32 base"
+                f"{job.name}: W + ΔW is too large for {dtype_name(W.dtype)}; merge into a bfloat16 or float32 base"
             )
     return problems
 
@@ -299,10 +296,6 @@ def _row(label: str, before: Tensor, update: Tensor, after: Tensor) -> MergeRow:
     norm = float(torch.linalg.vector_norm(update))
     lost = float(torch.linalg.vector_norm(_wide(after) - before - update))
     return MergeRow(label, after.dtype, norm, lost / norm if norm else 0.0)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from torch import nn
 
 from .adapted import Adapters, adapter_names, base_class, unwrapped, why_not_attachable
 from .companions import why_no_bias_offset
-from .copies import count, find_copies, lies_in, moving_statistics, own_parameters
+from .copies import count, find_copies, moving_statistics, own_parameters
 from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
-from .hosts import FusedHost, Host, NoHost, host_of, layout_of
-from .targets import Names, Selection, Targets, find_modules, parse_parts, select
+from .hosts import Host, NoHost
+from .targets import Names, Selection, Targets, find_modules, lies_in, parse_parts, select
 from .variants import Spec
 
 Bias = Literal["none", "adapted", "all"]
@@ -249,12 +249,7 @@ def _specs_by_layer(
 def _places(name: str, parts: tuple[str, ...] | None, spec: Spec, names: Names, problems: list[str]) -> list[Place]:
     layer = names.modules[name]
     try:
-        host = host_of(layer)
-        if parts is not None:
-            owner, child = names.parent(name)
-            if owner is None:
-                raise NoHost("it stands alone, and the layout of its parts is known by the module that holds it")
-            host = FusedHost(host, layout_of(owner, child, layer, host.shape(layer, "weight")[0]))
+        host = names.host(name, by_parts=parts is not None)
         known = host.parts(layer)
         unknown = [part for part in parts or () if part not in known]
         if unknown:

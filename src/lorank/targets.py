@@ -19,7 +19,7 @@ from torch import nn
 
 from .adapted import base_modules
 from .errors import did_you_mean, enumerate_names, nearest
-from .hosts import NoHost, has_host, host_of, read_without_call
+from .hosts import FusedHost, Host, NoHost, has_host, host_of, layout_of, read_without_call
 
 Target: TypeAlias = str | Callable[[str, nn.Module], bool]
 Targets: TypeAlias = Target | Sequence[Target]
@@ -68,6 +68,17 @@ class Names:
         """Return the first names of the modules that a name or pattern selects, in the model's order."""
         matches = matcher(pattern)
         return list(dict.fromkeys(self.canonical[name] for name in self.modules if name and matches(name)))
+
+    def host(self, name: str, by_parts: bool = False) -> Host:
+        """Return the host of a layer, or of the parts of its fused projection; raises NoHost with the reason."""
+        layer = self.modules[name]
+        host = host_of(layer)
+        if not by_parts:
+            return host
+        owner, child = self.parent(name)
+        if owner is None:
+            raise NoHost("it stands alone, and the layout of its parts is known by the module that holds it")
+        return FusedHost(host, layout_of(owner, child, layer, host.shape(layer, "weight")[0]))
 
     def endings(self, kind: Callable[[nn.Module], bool] = lambda module: True) -> list[str]:
         """Return the last components of the names of all modules of a kind, most frequent first."""
@@ -174,11 +185,12 @@ def output_heads(model: nn.Module, names: Names) -> set[str]:
     find = getattr(model, "get_output_embeddings", None)
     output = find() if callable(find) else None
     tops |= {name for name, module in names.modules.items() if name and module is output}
-    return {names.canonical[name] for name in names.modules if any(_within(name, top) for top in tops)}
+    return {names.canonical[name] for name in names.modules if lies_in(name, tops)}
 
 
-def _within(name: str, top: str) -> bool:
-    return name == top or name.startswith(top + ".")
+def lies_in(name: str, tops: Iterable[str]) -> bool:
+    """Tell whether a dotted name is one of `tops`, or of something in one of them."""
+    return any(name == top or name.startswith(top + ".") for top in tops)
 
 
 def _exclude(target: str, model: nn.Module, names: Names, selection: Selection) -> None:
@@ -196,7 +208,7 @@ def _exclude(target: str, model: nn.Module, names: Names, selection: Selection) 
     if problem:
         selection.problems.append(f"exclusion {problem}")
     for top in found:
-        selection.excluded.update(names.canonical[name] for name in names.modules if _within(name, top))
+        selection.excluded.update(names.canonical[name] for name in names.modules if lies_in(name, [top]))
 
 
 def _add(name: str, parts: tuple[str, ...] | None, selection: Selection) -> None:
@@ -229,7 +241,7 @@ def _select_by_name(target: str, names: Names, selection: Selection) -> None:
         else:
             refused.setdefault(reason, []).append(name)
     for reason, layers in refused.items():
-        inside = [n.rpartition(".")[2] for n in names.modules if _within(n, layers[0]) and has_host(names.modules[n])]
+        inside = [n.rpartition(".")[2] for n in names.modules if lies_in(n, layers[:1]) and has_host(names.modules[n])]
         hint = f"; layers in it: {enumerate_names(dict.fromkeys(inside))}" if inside else ""
         selection.problems.append(
             f"target '{target}' selects {enumerate_names(layers, 3)}, which cannot be adapted: {reason}{hint}"
@@ -292,7 +304,7 @@ def _select_attention(model: nn.Module, names: Names, selection: Selection) -> N
     linear = _linear_like(names)
     chosen: set[str] = set()
     for attention in attentions:
-        inside = [name for name in linear if name != attention and _within(name, attention)]
+        inside = [name for name in linear if name != attention and lies_in(name, [attention])]
         projections = [name for name in inside if name.rpartition(".")[2] in _PROJECTIONS]
         if inside and not projections:
             endings = dict.fromkeys(name.rpartition(".")[2] for name in inside)

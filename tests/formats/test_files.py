@@ -391,6 +391,23 @@ def test_ranks_of_the_configuration_and_the_tensors_must_agree(saved: tuple[Any,
     assert_refused(base, folder, "transformer.h.0.attn.c_attn: its factors have rank 4, adapter_config.json says 16")
 
 
+def test_parts_go_into_models_with_the_same_layout_only(saved: tuple[Any, Any, Path]) -> None:
+    _, _, folder = saved
+    other = nn.ModuleDict({"transformer": nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict() for _ in range(2)])})})
+    for block in other["transformer"]["h"]:  # pyright: ignore
+        block["attn"] = nn.ModuleDict({"c_attn": nn.Linear(32, 96)})
+    assert_refused(
+        other,
+        folder,
+        "transformer.h.0.attn.c_attn: the row layout of 'c_attn' in ModuleDict is not known",
+        "transformer.h.0.mlp.c_fc, which this model has not",
+    )
+    wider = models.gpt2()
+    wider.transformer.h[0].attn.c_attn = type(wider.transformer.h[0].attn.c_attn)(192, 32)
+    wider.transformer.h[0].attn.embed_dim = 64
+    assert_refused(wider, folder, "h.0.attn.c_attn: its tensors are not the parts q, v of this model's layer")
+
+
 def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     base = models.sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
     model = copy.deepcopy(base)

@@ -28,6 +28,13 @@ def logits(model: nn.Module) -> Tensor:
     return model(torch.arange(5, 26).view(3, 7)).logits
 
 
+def assert_computes_and_saves(model: Any, y: Tensor, folder: Path) -> None:
+    """Check that a model gives the logits y, and does so again when it was saved and loaded."""
+    torch.testing.assert_close(logits(model), y, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(folder)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), y, rtol=1e-5, atol=1e-5)
+
+
 DIFFERS = [
     *("peft#1388", "peft#1836", "peft#1035", "peft#2502", "peft#2764", "Qwen#1168"),
     *("LlamaFactory#5186", "LlamaFactory#5218", "LlamaFactory#3096", "LlamaFactory#10596"),
@@ -39,10 +46,7 @@ def test_merged_output_is_the_adapters_output(thread: str, tmp_path: Path) -> No
     model = models.llama()
     y = adapted(model, ["all-linear"])
     lorank.merge(model)
-    torch.testing.assert_close(logits(model), y, rtol=1e-5, atol=1e-5)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(again), y, rtol=1e-5, atol=1e-5)
+    assert_computes_and_saves(model, y, tmp_path)
 
 
 def test_peft_1836_going_in_and_out_a_hundred_times_changes_no_bit() -> None:
@@ -130,10 +134,7 @@ def test_merging_one_side_of_a_tie_is_refused_and_the_way_out_works(thread: str,
     layer.weight = nn.Parameter(layer.weight.detach().clone())
     model.config.tie_word_embeddings = False
     lorank.merge(model)
-    torch.testing.assert_close(logits(model), y, rtol=1e-5, atol=1e-5)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(again), y, rtol=1e-5, atol=1e-5)
+    assert_computes_and_saves(model, y, tmp_path)
 
 
 def test_peft_2018_a_tie_in_a_plain_module_is_seen_too() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..adapted import entries, pristine_copy, why_not_attachable
 from ..companions import BiasOffset, join, why_no_bias_offset
 from ..copies import copyable_parts, count, own_parameters, why_not_copyable
-from ..errors import AdapterError, did_you_mean, enumerate_names, raise_problems
+from ..errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
 from ..fingerprint import Comparison, Fingerprint, compare, fingerprint
-from ..hosts import FusedHost, Host, NoHost, host_of, layout_of
+from ..hosts import Host, NoHost
 from ..planning import Bias, Place, Plan, name_problems
 from ..surgery import install, require_no_inference_mode
 from ..targets import Names
@@ -53,17 +53,17 @@ def gather(model: nn.Module, name: str) -> Content:
         for key, parameter in entry.named_parameters():
             if parameter.is_meta:
                 problems.append(f"{layer_name}: {key} is on the meta device and has no values")
-            elif not torch.isfinite(_whole(parameter)).all():
+            elif not torch.isfinite(_collected(parameter)).all():
                 problems.append(f"{layer_name}: {key} holds NaN or Inf")
         if not isinstance(entry, Adapter):
             content.copies[layer_name] = _tensors(entry)
             continue
         for leaf in entry.leaves():
             if isinstance(leaf, BiasOffset):
-                content.biases[layer_name] = _whole(leaf.value(layer))
+                content.biases[layer_name] = _collected(leaf.value(layer))
             elif isinstance(leaf, LoRAAdapter):
                 update = content.updates.setdefault(layer_name, LayerUpdate(leaf.spec, {}, host=leaf.host))
-                update.factors[leaf.part] = (_whole(leaf.A), _whole(leaf.B))
+                update.factors[leaf.part] = (_collected(leaf.A), _collected(leaf.B))
                 with suppress(NoHost):  # a weight that was sharded or parametrised since cannot be recognised later
                     W = leaf.host.matrix(layer, leaf.part)
                     if not W.is_meta:
@@ -79,14 +79,14 @@ def gather(model: nn.Module, name: str) -> Content:
     return content
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _collected(tensor: Tensor) -> Tensor:
     """Return a tensor's values, collected from all processes when it is sharded over them."""
     return getattr(tensor.detach(), "full_tensor", lambda: tensor.detach())()
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a module's state dict; it may hold other things too."""
-    return {key: _whole(value) for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    return {key: _collected(value) for key, value in _own_tensors(module).items()}
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -194,14 +194,7 @@ def _locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
     reason = names.why_not(canonical)
     if reason:
         raise AdapterError(f"the file adapts {name}, which cannot be adapted: {reason}")
-    host = host_of(names.modules[canonical])
-    if update.factors.keys() == {"weight"}:
-        return canonical, host
-    owner, child = names.parent(canonical)
-    if owner is None:
-        raise AdapterError(f"the file adapts parts of {name}, which stands alone here")
-    layer = names.modules[canonical]
-    return canonical, FusedHost(host, layout_of(owner, child, layer, host.shape(layer, "weight")[0]))
+    return canonical, names.host(canonical, by_parts=update.factors.keys() != {"weight"})
 
 
 def _factor_problems(place: Place, A: Tensor, B: Tensor) -> list[str]:
@@ -222,11 +215,11 @@ def _factor_problems(place: Place, A: Tensor, B: Tensor) -> list[str]:
 def _value_problems(what: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
     """Return what is wrong with the values of a file's tensor that is to be kept in a dtype."""
     if not tensor.is_floating_point():
-        return [f"{what} is {str(tensor.dtype).removeprefix('torch.')} in the file; it must be floating-point"]
+        return [f"{what} is {dtype_name(tensor.dtype)} in the file; it must be floating-point"]
     if not torch.isfinite(tensor if tensor.dtype == torch.float64 else tensor.float()).all():
         return [f"{what} holds NaN or Inf"]
     if not torch.isfinite(tensor.to(dtype)).all():
-        return [f"{what} holds numbers that are too large for {str(dtype).removeprefix('torch.')}"]
+        return [f"{what} holds numbers that are too large for {dtype_name(dtype)}"]
     return []
 
 

@@ -45,7 +45,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
     Written here because the library writes metadata in the order of a hash map, which differs from process to
     process, and needs numpy to write at all. Reading is the library's.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {}
     pieces: list[bytes] = []
     offset = 0
     # Wider numbers first, so that every tensor starts at a multiple of its own size.
@@ -56,9 +56,20 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
         shape, span = list(tensor.shape), [offset, offset + size]
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": span}
         offset += size
+    packed = _joined(header, b"".join(pieces))
+    return with_metadata(packed, metadata) if metadata else packed
+
+
+def with_metadata(packed: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Return a packed file with other metadata."""
+    header, data = _split(packed)
+    return _joined(header | {"__metadata__": dict(metadata)}, data)
+
+
+def _joined(header: Mapping[str, object], data: bytes) -> bytes:
     text = _canonical(header)
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + b"".join(pieces)
+    return struct.pack("<Q", len(text)) + text + data
 
 
 def read(path: Path) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:

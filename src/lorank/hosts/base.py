@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, dtype_name
 
 
 class NoHost(AdapterError):
@@ -106,9 +106,7 @@ def plain_parameter(layer: nn.Module, name: str) -> nn.Parameter:
         kind = type(parameter) if type(parameter) is not nn.Parameter else type(parameter.data)
         raise NoHost(f"its {name} is a {kind.__name__}, for which lorank has no host yet (quantised, sharded or lazy)")
     if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise NoHost(
-            f"its {name} is packed as {str(parameter.dtype).removeprefix('torch.')}; it needs a host of its own"
-        )
+        raise NoHost(f"its {name} is packed as {dtype_name(parameter.dtype)}; it needs a host of its own")
     return parameter
 
 

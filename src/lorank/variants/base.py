@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, dtype_name
 from ..hosts import Host
 
 
@@ -75,7 +75,7 @@ class Spec(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, with the variant's name."""
-        fields = {k: _dtype_name(v) if isinstance(v, torch.dtype) else v for k, v in asdict(self).items()}
+        fields = {k: dtype_name(v) if isinstance(v, torch.dtype) else v for k, v in asdict(self).items()}
         return {"variant": self.variant, **fields}
 
     @staticmethod
@@ -107,7 +107,3 @@ def register(name: str) -> Callable[[S], S]:
         return spec
 
     return add
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -31,12 +31,11 @@ def detect(path: Path) -> bool:
 
 def write(content: Content, path: Path, model: nn.Module) -> None:
     """Write an adapter into a directory. Other files there stay as they are."""
-    tensors = encode_tensors(content)
-    config = encode_config(content, model)
-    metadata = encode_header(content, safetensors_file.pack(tensors))
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    packed = safetensors_file.pack(encode_tensors(content))
+    packed = safetensors_file.with_metadata(packed, encode_header(content, packed))
+    text = json.dumps(encode_config(content, model), indent=2, sort_keys=True) + "\n"
     # The tensors go first: their header alone says what they are, should the second file never arrive.
-    files = {path / TENSORS: safetensors_file.pack(tensors, metadata), path / CONFIG: text.encode()}
+    files = {path / TENSORS: packed, path / CONFIG: text.encode()}
     safetensors_file.write_atomically(files)
 
 

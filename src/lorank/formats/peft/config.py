@@ -65,6 +65,7 @@ def rank_alpha(spec: LoRA, parts: int) -> tuple[int, float]:
 
 
 def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
+    """Return the configuration with which PEFT computes what the adapter does."""
     spec = content.spec
     of_layer = {name: rank_alpha(update.spec, len(update.factors)) for name, update in content.updates.items()}
     rank, alpha = Counter(of_layer.values()).most_common(1)[0][0] if of_layer else (spec.rank, spec.alpha)
@@ -132,6 +133,7 @@ def _task_type(model: nn.Module, content: Content) -> str | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration in a file; raises AdapterError for one that is absent or no JSON object."""
     if not path.is_file():
         raise AdapterError(f"{path.parent} has no {path.name}")
     try:
@@ -178,6 +180,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def spec_of(config: Mapping[str, Any], problems: list[str]) -> LoRA:
+    """Return the global spec; what is wrong with it goes into `problems`."""
     try:
         return LoRA(
             rank=_default(config, "r"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...errors import AdapterError
 from ...fingerprint import Fingerprint
-from ...hosts import layout_of
+from ...hosts import FusedHost
 from ...lowrank import split_blocks
 from ...planning import Bias
 from ...targets import Names
@@ -139,20 +139,19 @@ def apply_account(account: Account, content: Content, names: Names) -> None:
 
 def _split_parts(name: str, parts: list[str], update: LayerUpdate, names: Names, problems: list[str]) -> None:
     A, B = update.factors["weight"]
-    owner, child = names.parent(names.canonical[name]) if name in names.modules else (None, "")
-    if owner is None:
+    if name not in names.modules:
         problems.append(f"the file adapts parts of {name}, which this model has not")
         return
     try:
-        layout = layout_of(owner, child, names.modules[name], B.shape[0])
+        host = names.host(names.canonical[name], by_parts=True)
     except AdapterError as error:
         problems.append(f"{name}: {error}")
         return
-    unknown = [part for part in parts if part not in layout.parts]
-    blocks = None if unknown else split_blocks(A, B, [layout.index(part) for part in parts])
+    assert isinstance(host, FusedHost), "asked for parts"
+    layout = host.layout
+    fits = B.shape[0] == layout.rows and all(part in layout.parts for part in parts)
+    blocks = split_blocks(A, B, [layout.index(part) for part in parts]) if fits else None
     if blocks is None:
-        problems.append(
-            f"{name}: its tensors are not the parts {', '.join(parts)} of this model's {type(owner).__name__}"
-        )
+        problems.append(f"{name}: its tensors are not the parts {', '.join(parts)} of this model's layer")
         return
     update.factors = dict(zip(parts, blocks, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import enumerate_names
 from ...hosts import FusedHost
 from ...lowrank import stack_blocks
-from ...targets import Names
+from ...targets import Names, lies_in
 from ...variants import LoRA
 from ..content import Content, LayerUpdate
 from .config import BIAS, alphas_of, ranks_of, spec_of
@@ -28,6 +28,7 @@ _REFUSED_KEYS = {
 
 
 def encode_tensors(content: Content) -> dict[str, Tensor]:
+    """Return the tensors of an adapter under the names that PEFT gives them."""
     tensors: dict[str, Tensor] = {}
     for name, update in content.updates.items():
         assert update.host is not None, "content that is written was gathered from a model"
@@ -191,7 +192,7 @@ def _gaps(config: Mapping[str, Any], content: Content, names: Names) -> list[str
         and is_named(name, targets)
         and not is_named(name, excluded)
         and name not in adapted
-        and not any(name == top or name.startswith(top + ".") for top in content.copies)
+        and not lies_in(name, content.copies)
         and names.why_not(name) is None
     ]
     if not gaps:
