@@ -7,7 +7,8 @@ ROOT = Path(__file__).parents[1] / "src" / "lorank"
 
 # From the bottom to the top. A module may import from lower lines, and within its own folder.
 LAYERS = [
-    {"errors"},
+    {"errors", "version"},
+    {"extras"},
     {"lowrank", "hosts", "fingerprint"},
     {"variants"},
     {"adapted"},
@@ -16,9 +17,13 @@ LAYERS = [
     {"planning"},
     {"surgery"},
     {"merging", "health"},
-    {"formats"},
-    {"training"},
-    {""},
+    {"formats", "accounting"},
+    {"training", "data", "models", "checkpoints", "examining"},
+    {"evaluation", "streaming"},
+    {"tasks"},
+    {"runs"},
+    {"cli"},
+    {"", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 LONGEST = 400  # lines of a file

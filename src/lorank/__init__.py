@@ -1,16 +1,23 @@
-"""lorank: low-rank adaptation of PyTorch models."""
+"""lorank: low-rank adaptation of PyTorch models.
 
-from .adapted import active_adapters, adapter_names
-from .errors import AdapterError, AdapterWarning
-from .formats import load, save
-from .health import check
-from .merging import MergeReport, merge, merged
-from .planning import Plan, plan
-from .surgery import activate, adapt, adapter_parameters, disabled, remove, reset
-from .training import Step, TrainConfig, train
-from .variants import LoRA
+The names below are imported when they are first used, so that the command line can show its help without torch.
+"""
 
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .adapted import active_adapters, adapter_names
+    from .errors import AdapterError, AdapterWarning
+    from .formats import load, save
+    from .health import check
+    from .merging import MergeReport, merge, merged
+    from .planning import Plan, plan
+    from .surgery import activate, adapt, adapter_parameters, disabled, remove, reset
+    from .training import Step, TrainConfig, TrainState, train
+    from .variants import LoRA
 
 __all__ = [
     "AdapterError",
@@ -20,6 +27,8 @@ __all__ = [
     "Plan",
     "Step",
     "TrainConfig",
+    "TrainState",
+    "__version__",
     "activate",
     "active_adapters",
     "adapt",
@@ -36,3 +45,28 @@ __all__ = [
     "save",
     "train",
 ]
+
+_HOMES = {
+    "adapted": ("active_adapters", "adapter_names"),
+    "errors": ("AdapterError", "AdapterWarning"),
+    "formats": ("load", "save"),
+    "health": ("check",),
+    "merging": ("MergeReport", "merge", "merged"),
+    "planning": ("Plan", "plan"),
+    "surgery": ("activate", "adapt", "adapter_parameters", "disabled", "remove", "reset"),
+    "training": ("Step", "TrainConfig", "TrainState", "train"),
+    "variants": ("LoRA",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'lorank' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

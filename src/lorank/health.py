@@ -59,6 +59,35 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
     return remarks
 
 
+class Watch:
+    """Looks after the parameters of an adapter in its first steps.
+
+    Called after every optimiser step, it raises when a parameter got no gradient in the first one, and when, a few
+    steps later, one still has the values that it started from. It holds a copy of them until then.
+    """
+
+    def __init__(self, model: nn.Module, name: str, steps: int = 5):
+        self.model, self.name, self.patience = model, name, steps
+        self.seen = 0
+        self.start = {key: p.detach().clone() for key, p in adapter_parameters(model, name).items()}
+
+    def __call__(self) -> list[str]:
+        """Return remarks as `check` does; raises AdapterError for parameters that do not train."""
+        self.seen += 1
+        if self.seen == 1:
+            return check(self.model, self.name)
+        if self.seen != self.patience:
+            return []
+        now = adapter_parameters(self.model, self.name)
+        still = [key for key, start in self.start.items() if torch.equal(now[key].detach(), start)]
+        self.start = {}
+        raise_problems(
+            f"these adapter parameters have not moved in {self.patience} steps",
+            [f"{key}: is it in the optimiser, and is the learning rate above 0?" for key in still],
+        )
+        return []
+
+
 def _gradient_problem(parameter: Tensor, idle: bool) -> str | None:
     gradient = parameter.grad
     if not parameter.requires_grad:

@@ -118,15 +118,20 @@ def merge(model: nn.Module, name: str | None = None) -> MergeReport:
                 break
     thaw_base(model)
     report = MergeReport(tuple(names), tuple(rows), tuple(job.name for job in jobs if job.stand_in is not None))
+    warn_of_rounding(report)
+    return report
+
+
+def warn_of_rounding(report: MergeReport) -> None:
+    """Warn when a layer lost more than half of its update."""
     worst = report.worst
     if worst is not None and worst.relative_error > _LOUD_ERROR:
         warnings.warn(
             f"rounding to {dtype_name(worst.dtype)} lost {worst.relative_error:.0%} of the update of {worst.label}; "
             "merge into a float32 base, or keep the adapter unmerged",
             AdapterWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return report
 
 
 @contextmanager
@@ -236,7 +241,7 @@ def _overflows(job: _Job) -> list[str]:
                 problems.append(f"{job.name}.{name}: too large for {dtype_name(tensor.dtype)}")
     if job.offsets:
         bias = plain_parameter(job.layer, "bias")
-        total = sum((offset.offset for offset in job.offsets), _wide(bias))
+        total = sum((offset.offset for offset in job.offsets), wide(bias))
         if not torch.isfinite(total.to(bias.dtype)).all():
             problems.append(f"{job.name}: the merged bias is too large for {dtype_name(bias.dtype)}")
     for part, updates in job.updates.items():
@@ -247,7 +252,7 @@ def _overflows(job: _Job) -> list[str]:
         bound = sum(abs(u.scale) * u.A.shape[0] * float(u.A.abs().max() * u.B.abs().max()) for u in factors)
         if len(factors) == len(updates) and float(W.abs().max()) + bound < limit:
             continue
-        if not torch.isfinite((_wide(W) + _delta(job, part)).to(W.dtype)).all():
+        if not torch.isfinite((wide(W) + _delta(job, part)).to(W.dtype)).all():
             problems.append(
                 f"{job.name}: W + ΔW is too large for {dtype_name(W.dtype)}; merge into a bfloat16 or float32 base"
             )
@@ -272,33 +277,38 @@ def _fold(job: _Job) -> list[MergeRow]:
     if job.stand_in is not None:
         trained = dict(_base_tensors(job.stand_in))
         for name, tensor in _base_tensors(job.layer):
-            before = _wide(tensor).clone()
+            before = wide(tensor).clone()
             tensor.data.copy_(trained[name])
             if trained[name].dtype != tensor.dtype:  # a float32 copy in a half-precision base
-                rows.append(_row(f"{job.name}.{name}", before, _wide(trained[name]) - before, tensor))
+                rows.append(_row(f"{job.name}.{name}", before, wide(trained[name]) - before, tensor))
     for part, updates in job.updates.items():
         host: Host = updates[0].host
-        before = _wide(host.matrix(job.layer, part)).clone()
-        update = _delta(job, part)
-        host.write(job.layer, part, before + update)
-        label = f"{job.name}[{part}]" if isinstance(host, FusedHost) else job.name
-        rows.append(_row(label, before, update, host.matrix(job.layer, part)))
+        before = wide(host.matrix(job.layer, part)).clone()
+        rows.append(fold(job.name, job.layer, host, part, before, _delta(job, part)))
     if job.offsets:
         bias = plain_parameter(job.layer, "bias")
-        before = _wide(bias).clone()
+        before = wide(bias).clone()
         update = sum((offset.offset.detach() for offset in job.offsets), torch.zeros_like(before))
         bias.data.copy_(before + update)
         rows.append(_row(f"{job.name}.bias", before, update, bias))
     return rows
 
 
+def fold(name: str, layer: nn.Module, host: Host, part: str, before: Tensor, update: Tensor) -> MergeRow:
+    """Write `before + update` (out, in) into a layer, rounded once, and return what that cost."""
+    host.write(layer, part, before + update)
+    label = f"{name}[{part}]" if isinstance(host, FusedHost) else name
+    return _row(label, before, update, host.matrix(layer, part))
+
+
 def _row(label: str, before: Tensor, update: Tensor, after: Tensor) -> MergeRow:
     norm = float(torch.linalg.vector_norm(update))
-    lost = float(torch.linalg.vector_norm(_wide(after) - before - update))
+    lost = float(torch.linalg.vector_norm(wide(after) - before - update))
     return MergeRow(label, after.dtype, norm, lost / norm if norm else 0.0)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype in which updates are added: float32, or wider."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -88,7 +88,7 @@ class Plan:
             bias = module.get_parameter("bias")
             add(f"{name}.bias", module, str(bias.numel()), "trained", bias.numel())
         table = [("layers", "", "kind", "out x in", "", "parameters")]
-        table += [(_joined(names), f"x {len(names)}", *k[1:], f"{total:,}") for k, (names, total) in rows.items()]
+        table += [(joined(names), f"x {len(names)}", *k[1:], f"{total:,}") for k, (names, total) in rows.items()]
         widths = [max(len(row[i]) for row in table) for i in range(6)]
         lines = [
             "  ".join(
@@ -108,7 +108,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def _joined(names: Sequence[str]) -> str:
+def joined(names: Sequence[str]) -> str:
     """Return names that differ only in numbers as one: `layers.{0-11}.q_proj`, `layers.{1,3}.q_proj`."""
     numbers_of = [[int(number) for number in re.findall(r"\b\d+\b", name)] for name in names]
     columns = [sorted(set(column)) for column in zip(*numbers_of, strict=True)]

@@ -6,6 +6,7 @@ Importing the folder makes every module in it known that has them; they are trie
 import importlib
 import os
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +27,8 @@ class Format(Protocol):
         """Tell whether a path is an adapter in this format, by its content."""
         ...
 
-    def read(self, path: Path, names: Names, allow_pickle: bool) -> Content:
-        """Read an adapter for a model with these module names; open a pickle only where that is allowed."""
+    def read(self, path: Path, names: Names | None, allow_pickle: bool) -> Content:
+        """Read an adapter for a model with these module names, or for none; open a pickle only if that is allowed."""
         ...
 
     def write(self, content: Content, path: Path, model: nn.Module) -> None:
@@ -42,15 +43,23 @@ for _found in pkgutil.iter_modules(__path__):
     if hasattr(_module, "detect"):
         FORMATS[_found.name] = _module
 
-__all__ = ["FORMATS", "Content", "Format", "LayerUpdate", "load", "save"]
+__all__ = ["FORMATS", "Content", "Format", "LayerUpdate", "load", "read", "save"]
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, format: str = "peft") -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    format: str = "peft",
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Write an adapter into the directory `path`, in PEFT's layout.
 
     An adapter that is there already is replaced in one step, other files stay; a failure leaves the old ones
     whole. The bytes depend on the adapter and its base alone. Without a name it is the only adapter, or
-    the only active one.
+    the only active one. `about` is kept in the file beside lorank's own account of the adapter: any values that
+    JSON has, such as the names of labels; `lorank.formats.read` returns it.
 
     Raises AdapterError for values that are not finite, and when the files cannot be written.
     """
@@ -62,7 +71,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     target = _path(path)
     if target.exists() and not target.is_dir():
         raise AdapterError(f"cannot save: {target} is a file; an adapter is a directory")
-    FORMATS[format].write(gather(model, chosen), target, model)
+    content = gather(model, chosen)
+    content.about = dict(about or {})
+    FORMATS[format].write(content, target, model)
 
 
 def load(
@@ -98,6 +109,20 @@ def load(
         raise AdapterError(f"cannot load {source}: {error}") from None
     warn(loaded)
     return loaded
+
+
+def read(path: str | os.PathLike[str], model: nn.Module | None = None, *, allow_pickle: bool = False) -> Content:
+    """Return what an adapter file says; of the model, which may be on the meta device, only the names are used.
+
+    Without a model, parts of a fused projection come as one pair of factors of the whole layer. What is doubtful
+    about the file stands in the content's `problems`. Raises AdapterError for what is no adapter file, or damaged.
+    """
+    source = _path(path)
+    chosen = _detect(source)
+    try:
+        return chosen.read(source, None if model is None else Names(unwrapped(model)), allow_pickle)
+    except AdapterError as error:
+        raise AdapterError(f"cannot read {source}: {error}") from None
 
 
 def _path(path: str | os.PathLike[str]) -> Path:

@@ -3,7 +3,7 @@
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Content:
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by module, its state dict
     base: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that came along
     bias: Bias = "none"
+    about: dict[str, Any] = field(default_factory=dict)  # what its maker wrote of it: the task, the names of labels
+    base_model: str | None = None  # where the base is, when the file says so: a hub id
     problems: list[str] = field(default_factory=list)  # what a reader found; `fit` adds what it finds, and raises
     remarks: list[str] = field(default_factory=list)  # what a reader should warn of once the adapter is loaded
 
@@ -139,7 +141,7 @@ def _fit_updates(
     compared: dict[str, Comparison] = {}
     for layer_name, update in content.updates.items():
         try:
-            canonical, host = _locate(layer_name, update, names)
+            canonical, host = locate(layer_name, update, names)
         except AdapterError as error:
             problems.append(str(error))
             continue
@@ -149,7 +151,9 @@ def _fit_updates(
             continue
         for part, (A, B) in update.factors.items():
             place = Place(canonical, part, layer, host, update.spec, host.shape(layer, part))
-            wrong = _factor_problems(place, A, B)
+            wrong = factor_problems(place, A, B)
+            if host.weight(layer).device.type == "meta":
+                wrong.append(f"{place.label}: the model is on the meta device; load its weights first")
             problems += wrong
             if wrong:
                 continue
@@ -157,7 +161,7 @@ def _fit_updates(
             parts.setdefault(canonical, {})[part] = _filled(place, A, B)
             if part in update.fingerprints:
                 compared[place.label] = compare(update.fingerprints[part], host.matrix(layer, part))
-    problems += _other_base(compared, allow_other_base, content.remarks)
+    problems += other_base(compared, allow_other_base, content.remarks)
     return places
 
 
@@ -186,7 +190,7 @@ def _fit_biases(
     return biases
 
 
-def _locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
+def locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
     """Return the layer's first name and its host, the parts' host when the update is by parts."""
     if name not in names.modules:
         raise AdapterError(f"the file adapts {name}, which this model has not; {did_you_mean(name, names.modules)}")
@@ -197,7 +201,8 @@ def _locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
     return canonical, names.host(canonical, by_parts=update.factors.keys() != {"weight"})
 
 
-def _factor_problems(place: Place, A: Tensor, B: Tensor) -> list[str]:
+def factor_problems(place: Place, A: Tensor, B: Tensor) -> list[str]:
+    """Return what is wrong with a file's factors for one matrix of a model: shapes and values."""
     problems = []
     out, in_ = place.shape
     rank = place.spec.rank
@@ -207,8 +212,6 @@ def _factor_problems(place: Place, A: Tensor, B: Tensor) -> list[str]:
         else:
             dtype = factor_dtype(place.spec, place.host.weight(place.layer))
             problems += _value_problems(f"{place.label}: {factor}", tensor, dtype)
-    if place.host.weight(place.layer).device.type == "meta":
-        problems.append(f"{place.label}: the model is on the meta device; load its weights first")
     return problems
 
 
@@ -303,7 +306,7 @@ def _base_problems(content: Content, names: Names) -> list[str]:
     return problems
 
 
-def _other_base(compared: dict[str, Comparison], allow_other_base: bool, remarks: list[str]) -> list[str]:
+def other_base(compared: dict[str, Comparison], allow_other_base: bool, remarks: list[str]) -> list[str]:
     """Return a problem for another base; add a remark for the same base in another dtype."""
     different = {label: c for label, c in compared.items() if not c.same}
     if different:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -50,14 +50,19 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
     offset = 0
     # Wider numbers first, so that every tensor starts at a multiple of its own size.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        tensor = tensor.detach().cpu().contiguous()
-        size = tensor.numel() * tensor.element_size()
-        pieces.append(ctypes.string_at(tensor.data_ptr(), size) if size else b"")
-        shape, span = list(tensor.shape), [offset, offset + size]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": span}
-        offset += size
+        pieces.append(encoded(tensor))
+        shape, span = list(tensor.shape), [offset, offset + len(pieces[-1])]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": span}
+        offset = span[1]
     packed = _joined(header, b"".join(pieces))
     return with_metadata(packed, metadata) if metadata else packed
+
+
+def encoded(tensor: Tensor) -> bytes:
+    """Return a tensor's values as bytes, in the order of its rows."""
+    tensor = tensor.detach().cpu().contiguous()
+    size = tensor.numel() * tensor.element_size()
+    return ctypes.string_at(tensor.data_ptr(), size) if size else b""
 
 
 def with_metadata(packed: bytes, metadata: Mapping[str, str]) -> bytes:
@@ -105,6 +110,8 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
             Path(partial[path]).replace(path)
             del partial[path]
             replaced[path] = before[path]
+        for folder in {path.parent for path in files}:
+            flush_folder(folder)
     except (OSError, ValueError) as error:
         for path, old in replaced.items():
             path.unlink() if old is None else path.write_bytes(old)
@@ -113,6 +120,16 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
     finally:
         for leftover in partial.values():
             Path(leftover).unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names in a folder written to disk, where the system can do that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _mode_for_new_files() -> int:

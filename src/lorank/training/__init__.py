@@ -1,5 +1,6 @@
-"""Training: a loop that the caller owns."""
+"""Training: the loop, and what it needs to go on after an interruption."""
 
 from .loop import Step, TrainConfig, train
+from .state import TrainState
 
-__all__ = ["Step", "TrainConfig", "train"]
+__all__ = ["Step", "TrainConfig", "TrainState", "train"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, AdapterWarning, raise_problems
+from .state import TrainState
 
 Batch = TypeVar("Batch")
 
@@ -87,6 +88,8 @@ def train(
     loss: Callable[[Batch], Tensor | tuple[Tensor, Any]],
     batches: Iterable[Batch],
     config: TrainConfig | None = None,
+    *,
+    state: TrainState | None = None,
 ) -> Iterator[Step]:
     """Optimise `parameters` on `loss(batch)` with AdamW, yielding after every optimiser step.
 
@@ -95,6 +98,8 @@ def train(
         their number. With the pair, accumulating gradients gives exactly the step of the one large batch;
         with means, each batch counts alike.
     batches: read again from the start when `config.steps` needs more, unless it is an iterator.
+    state: kept current, to be stored by the caller; of one that was stored, the training goes on with the step after
+        it and up to `config.steps`, and `batches` are those that follow.
 
     The caller owns the loop: `break` stops early, whatever is in the body runs between steps.
 
@@ -120,10 +125,13 @@ def train(
         weight_decay=config.weight_decay,
         fused=all(p.device.type in ("cpu", "cuda") for p in trained),
     )
-    for index, group in enumerate(_groups(batches, config), start=1):
+    state = state or TrainState()
+    state.attach(optimiser, trained)
+    first = state.step + 1
+    for index, group in enumerate(_groups(batches, config, state.step), start=first):
         optimiser.zero_grad(set_to_none=True)  # here and not after the step, so that the caller can look at them
         mean, weight = _backward(group, loss, trained, index)
-        _require_gradients(trained, every_one=index == 1)
+        _require_gradients(trained, every_one=index == first)
         limit = math.inf if config.clip is None else config.clip
         norm = nn.utils.clip_grad_norm_(trained, limit)
         if not torch.isfinite(norm):
@@ -135,6 +143,7 @@ def train(
         for parameter_group in optimiser.param_groups:
             parameter_group["lr"] = rate
         optimiser.step()
+        state.step = index
         yield Step(index, mean, norm, rate, weight)
 
 
@@ -173,10 +182,9 @@ def _backward(
     return total / weight, weight
 
 
-def _groups(batches: Iterable[Batch], config: TrainConfig) -> Iterator[list[Batch]]:
-    """Yield the batches of each step; a pass that ends within a step makes a smaller one."""
-    made = 0
-    while True:
+def _groups(batches: Iterable[Batch], config: TrainConfig, made: int = 0) -> Iterator[list[Batch]]:
+    """Yield the batches of each step after `made` ones; a pass that ends within a step makes a smaller one."""
+    while config.steps is None or made < config.steps:
         group: list[Batch] = []
         made_before = made
         for batch in batches:
@@ -195,7 +203,7 @@ def _groups(batches: Iterable[Batch], config: TrainConfig) -> Iterator[list[Batc
             if config.steps is not None:  # an iterator, and it is used up
                 warnings.warn(f"the batches ran out after {made} of {config.steps} steps", AdapterWarning, stacklevel=3)
             return
-        if config.steps is None or made >= config.steps:
+        if config.steps is None:
             return
 
 

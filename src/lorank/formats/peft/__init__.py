@@ -22,6 +22,8 @@ from .tensors import decode, encode_tensors
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
+_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classification"}
+
 
 def detect(path: Path) -> bool:
     """Tell whether the path is an adapter in PEFT's layout: a directory, or its safetensors file."""
@@ -39,8 +41,11 @@ def write(content: Content, path: Path, model: nn.Module) -> None:
     safetensors_file.write_atomically(files)
 
 
-def read(path: Path, names: Names, allow_pickle: bool = False) -> Content:
-    """Read an adapter for a model with these module names; raises AdapterError that lists every problem."""
+def read(path: Path, names: Names | None, allow_pickle: bool = False) -> Content:
+    """Read an adapter for a model with these module names, or for none; raises AdapterError for damaged files.
+
+    Without a model, parts of fused projections stay one pair of factors.
+    """
     folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
     config = read_config(folder / CONFIG)
     if file.is_file():
@@ -49,9 +54,12 @@ def read(path: Path, names: Names, allow_pickle: bool = False) -> Content:
     else:
         tensors, account = _read_pickle(folder, allow_pickle), None
     problems, remarks = check_config(config)
-    content = decode(config, tensors, account, names)
+    content = decode(config, tensors, account, names or Names(nn.Module()))
     if account is not None:
         apply_account(account, content, names)
+    content.base_model = config.get("base_model_name_or_path") or None
+    if "task" not in content.about and config.get("task_type") in _TASKS:
+        content.about["task"] = _TASKS[config["task_type"]]
     content.problems[:0] = problems
     content.remarks += remarks
     return content

@@ -45,6 +45,7 @@ class Account:
     layers: dict[str, LayerAccount]
     biases: list[str]  # layers whose bias is in the file
     copies: list[str]  # modules of which a copy is in the file
+    about: dict[str, Any]
 
 
 def encode_header(content: Content, packed: bytes) -> dict[str, str]:
@@ -60,6 +61,7 @@ def encode_header(content: Content, packed: bytes) -> dict[str, str]:
         "biases": sorted(content.biases),
         "copies": sorted(content.copies),
         "bias": content.bias,
+        "about": content.about,
         "sha256": safetensors_file.digest(packed),
     }
     return {"format": "pt", _KEY: json.dumps(account, sort_keys=True, separators=(",", ":"))}
@@ -98,7 +100,10 @@ def _parse(account: dict[str, Any]) -> Account:
         raise ValueError(f"bias is {account['bias']!r}")
     if not all(isinstance(name, str) for name in [*account["biases"], *account["copies"]]):
         raise ValueError("names of modules are strings")
-    return Account(_spec(account["spec"]), account["bias"], layers, [*account["biases"]], [*account["copies"]])
+    about = account.get("about", {})  # files of 0.1 before it had one
+    if not isinstance(about, dict):
+        raise ValueError(f"about is {about!r}")
+    return Account(_spec(account["spec"]), account["bias"], layers, [*account["biases"]], [*account["copies"]], about)
 
 
 def _spec(fields: dict[str, Any]) -> LoRA:
@@ -108,7 +113,7 @@ def _spec(fields: dict[str, Any]) -> LoRA:
     return spec
 
 
-def apply_account(account: Account, content: Content, names: Names) -> None:
+def apply_account(account: Account, content: Content, names: Names | None) -> None:
     """Hold what was read against the file's own account, and take from it specs, parts and fingerprints."""
     problems = content.problems
     problems += [
@@ -121,6 +126,7 @@ def apply_account(account: Account, content: Content, names: Names) -> None:
     problems += [f"the file lacks the bias of {name}" for name in sorted(set(account.biases) - content.biases.keys())]
     content.spec = account.spec
     content.bias = account.bias
+    content.about = account.about
     for name, told in account.layers.items():
         update = content.updates.get(name)
         if update is None:
@@ -133,7 +139,7 @@ def apply_account(account: Account, content: Content, names: Names) -> None:
             )
         update.spec = told.spec
         update.fingerprints = told.fingerprints
-        if told.parts != ["weight"]:
+        if told.parts != ["weight"] and names is not None:
             _split_parts(name, told.parts, update, names, problems)
 
 

@@ -1,0 +1,5 @@
+"""python -m lorank is lorank."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,46 @@
+"""The command line: one file a command. Nothing heavy is imported before a command needs it."""
+
+import typer
+
+from ..version import __version__
+from .console import run_app
+from .eval import evaluate
+from .generate import generate
+from .inspect import inspect
+from .merge import merge
+from .plan import plan
+from .train import train
+
+app = typer.Typer(
+    name="lorank",
+    help="Low-rank adaptation of language models and classifiers: train, evaluate, generate, merge, inspect, plan.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    epilog="lorank COMMAND --help shows examples.",
+)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("merge")(merge)
+app.command("inspect")(inspect)
+app.command("plan")(plan)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lorank {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="print the version"),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    run_app(app)

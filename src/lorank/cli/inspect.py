@@ -1,0 +1,83 @@
+"""lorank inspect: what is in an adapter file, and what looks wrong with it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import number, out, result, table
+from .options import Json
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="folder of an adapter or of a run, or a safetensors file")],
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="open an adapter_model.bin")] = False,
+    all_layers: Annotated[
+        bool, typer.Option("--all", help="every layer, not only one line for those that are alike")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show an adapter's layers, ranks, scales, norms and size, and values that look wrong. No base is needed.
+
+    The exit code is 1 when something is wrong with it: NaN or Inf, tensors that are no pair, settings that cannot be
+    honoured. What is merely odd, such as a factor of zeros, is a remark.
+
+    \b
+    Examples:
+      lorank inspect runs/e2e
+      lorank inspect adapters/sst2 --all --json
+    """
+    from ..accounting import readable
+    from ..examining import examine
+    from ..runs.loading import folder_of
+
+    place = folder_of(adapter)
+    found = examine(place, allow_pickle=allow_pickle)
+    facts = found.to_json()
+
+    def show() -> None:
+        rows = [_row([layer]) for layer in found.layers] if all_layers else [_row(g) for g in found.groups()]
+        if rows:
+            table(rows, numbers=("layers", "rank", "alpha", "scale", "norm of ΔW", "parameters"))
+        for kind, tensors in (("trained whole", found.copies), ("bias", found.biases)):
+            if tensors:
+                out.print(f"{kind}: {', '.join(tensors)}", markup=False)
+        out.print(
+            f"{found.parameters:,} parameters in {len(found.layers)} layers, {readable(found.bytes)} in {Path(place)}",
+            markup=False,
+        )
+        if found.base_model:
+            out.print(f"base: {found.base_model}", markup=False)
+        for key, value in found.about.items():
+            out.print(f"{key}: {value!r}" if isinstance(value, str) else f"{key}: {value}", markup=False)
+        for remark in found.remarks:
+            out.print(f"remark: {remark}", markup=False)
+        for problem in found.problems:
+            out.print(f"PROBLEM: {problem}", markup=False, style="bold red")
+        if not found.remarks and not found.problems:
+            out.print("nothing looks wrong", markup=False)
+
+    result(facts, as_json, show)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _row(layers: list[Any]) -> dict[str, Any]:
+    """Return one line for layers that differ in nothing but their number."""
+    from ..planning import joined
+
+    norms = [layer.norm for layer in layers]
+    low, high = min(norms), max(norms)
+    norm = number(low) if low == high else f"{number(low)} to {number(high)}"
+    first = layers[0]
+    return {
+        "layer": joined([layer.name for layer in layers]),
+        "layers": len(layers),
+        "rank": first.rank,
+        "alpha": f"{first.alpha:g}",
+        "scale": f"{first.scale:g}",
+        "out x in": f"{first.shape[0]} x {first.shape[1]}",
+        "dtype": first.dtype,
+        "norm of ΔW": norm,
+        "parameters": f"{sum(layer.parameters for layer in layers):,}",
+    }

@@ -1,0 +1,82 @@
+"""From text to tokens, with a mark on each that is trained on."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .rendering import Segment
+
+IGNORED = -100  # the label of a token that is read and not trained on; PyTorch's and transformers' own number
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded record."""
+
+    ids: array  # token ids
+    labels: array | float  # of a language model: a label a token, or IGNORED; else the number of the label, or a value
+    types: array | None = None  # token types, where the model has them
+
+
+def encode_segments(tokenizer: Any, rows: Sequence[Sequence[Segment]], special_tokens: bool) -> list[Example]:
+    """Return each row's tokens; with `special_tokens`, between what the tokenizer puts in front and the end token.
+
+    Where the tokens of a longer text begin with those of the shorter one, they are taken as they are. Where they do
+    not, because a token would reach over the boundary, the next segment is encoded by itself: the model then sees
+    in training the very tokens of the prompt that it is given later.
+    """
+    texts = ["".join(segment.text for segment in row[: i + 1]) for row in rows for i in range(len(row))]
+    encoded = iter(_ids(tokenizer, texts, special_tokens)) if texts else iter(())
+    end = getattr(tokenizer, "eos_token_id", None) if special_tokens else None
+    examples = []
+    for row in rows:
+        ids: list[int] = []
+        labels: list[int] = []
+        exact = True  # the tokens so far are those of the text so far
+        for segment, longer in zip(row, encoded, strict=False):
+            if exact and longer[: len(ids)] == ids:
+                piece = longer[len(ids) :]
+            else:
+                exact = False
+                piece = _ids(tokenizer, [segment.text], False)[0]
+            ids += piece
+            labels += piece if segment.trained else [IGNORED] * len(piece)
+        if end is not None:
+            ids.append(end)
+            labels.append(end if row and row[-1].trained else IGNORED)
+        examples.append(Example(array("i", ids), array("i", labels)))
+    return examples
+
+
+def prompt_ids(tokenizer: Any, text: str, special_tokens: bool) -> list[int]:
+    """Return the tokens of a prompt as training saw them."""
+    return _ids(tokenizer, [text], special_tokens)[0]
+
+
+def _ids(tokenizer: Any, texts: list[str], special_tokens: bool) -> list[list[int]]:
+    """Return the tokens of texts, without what the tokenizer would put behind them."""
+    found = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    behind = _closing(tokenizer) if special_tokens else 0
+    return [ids[: len(ids) - behind] for ids in found] if behind else found
+
+
+def _closing(tokenizer: Any) -> int:
+    """Return how many special tokens the tokenizer puts behind a text."""
+    inside, around = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    first = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
+    return len(around) - first - len(inside)
+
+
+def pieces(tokenizer: Any, example: Example) -> list[Segment]:
+    """Return an encoded text again, cut where trained and untrained tokens meet: what a preview shows."""
+    if not isinstance(example.labels, array):
+        return [Segment(tokenizer.decode(example.ids), False)]
+    found: list[Segment] = []
+    begin = 0
+    marks = [label != IGNORED for label in example.labels]
+    for i in range(1, len(marks) + 1):
+        if i == len(marks) or marks[i] != marks[begin]:
+            found.append(Segment(tokenizer.decode(example.ids[begin:i]), marks[begin]))
+            begin = i
+    return found

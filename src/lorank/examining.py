@@ -1,0 +1,124 @@
+"""What an adapter file holds, measured without its base."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import dtype_name, enumerate_names
+from .formats import read
+from .formats.content import LayerUpdate
+
+_HUGE = 1e3  # a factor with values above this did not come out of sound training
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer; parts of a fused projection count as one."""
+
+    name: str
+    rank: int
+    alpha: float
+    scale: float
+    shape: tuple[int, int]  # (out, in)
+    dtype: str
+    norm: float  # Frobenius norm of ΔW
+    parameters: int
+
+
+@dataclass
+class Examination:
+    """The contents of an adapter file."""
+
+    path: Path
+    bytes: int
+    layers: list[Layer]
+    copies: list[str]  # modules that were trained whole
+    biases: list[str]
+    parameters: int
+    base_model: str | None
+    about: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+    def groups(self) -> list[list[Layer]]:
+        """Return the layers in groups of those that differ in the numbers of their names and their values only."""
+        found: dict[tuple, list[Layer]] = {}
+        for layer in self.layers:
+            key = (re.sub(r"\b\d+\b", "*", layer.name), layer.rank, layer.alpha, layer.shape, layer.dtype)
+            found.setdefault(key, []).append(layer)
+        return list(found.values())
+
+
+def examine(path: Path, *, allow_pickle: bool = False) -> Examination:
+    """Return what an adapter file holds; raises AdapterError when it cannot be read at all."""
+    content = read(path, allow_pickle=allow_pickle)
+    problems, remarks = list(content.problems), list(content.remarks)
+    layers = [_layer(name, update) for name, update in content.updates.items()]
+    tensors = {f"{name}: {factor}": t for name, u in content.updates.items() for factor, t in _factors(u).items()}
+    others = {f"{name}.bias": bias for name, bias in content.biases.items()}
+    others |= {f"{copy}.{key}": tensor for copy, found in content.copies.items() for key, tensor in found.items()}
+    everything = tensors | others | content.base
+    wrong = [name for name, tensor in everything.items() if not _finite(tensor)]
+    if wrong:
+        problems.append(f"NaN or Inf in {enumerate_names(wrong, 4)}")
+    zero = [layer.name for layer in layers if layer.norm == 0]
+    if zero and len(zero) == len(layers):
+        remarks.append("every ΔW is zero: this adapter was never trained")
+    elif zero:
+        remarks.append(f"ΔW is zero in {enumerate_names(zero, 4)}: these layers did not train")
+    huge = [name for name, t in tensors.items() if _finite(t) and t.numel() and float(t.abs().max()) > _HUGE]
+    if huge:
+        remarks.append(f"values above {_HUGE:g} in {enumerate_names(huge, 4)}")
+    if content.base:
+        remarks.append(f"it brings {len(content.base)} tensors of its base: {enumerate_names(content.base, 3)}")
+    if not layers and not others:
+        problems.append("it holds no adapter")
+    folder = path if path.is_dir() else path.parent
+    return Examination(
+        path=path,
+        bytes=sum(file.stat().st_size for file in folder.glob("adapter_*")),
+        layers=layers,
+        copies=list(content.copies),
+        biases=list(content.biases),
+        parameters=sum(tensor.numel() for tensor in [*tensors.values(), *others.values()]),
+        base_model=content.base_model,
+        about=content.about,
+        problems=problems,
+        remarks=remarks,
+    )
+
+
+def _layer(name: str, update: LayerUpdate) -> Layer:
+    A, B = update.factors["weight"]
+    return Layer(
+        name=name,
+        rank=A.shape[0],
+        alpha=update.spec.alpha,
+        scale=update.spec.scale,
+        shape=(B.shape[0], A.shape[1]),
+        dtype=dtype_name(A.dtype),
+        norm=_norm(A, B, update.spec.scale),
+        parameters=A.numel() + B.numel(),
+    )
+
+
+def _norm(A: Tensor, B: Tensor, scale: float) -> float:
+    """Return the Frobenius norm of scale · B A, from the small matrices BᵀB and A Aᵀ, without forming ΔW."""
+    A, B = A.detach().double(), B.detach().double()
+    squared = float(((B.T @ B) * (A @ A.T)).sum())
+    return abs(scale) * max(squared, 0.0) ** 0.5
+
+
+def _factors(update: LayerUpdate) -> dict[str, Tensor]:
+    return dict(zip(("A", "B"), update.factors["weight"], strict=True))
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())

@@ -1,0 +1,192 @@
+"""Bases from the hub, a folder or a GGUF file, through transformers."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import AdapterError, enumerate_names
+from .extras import require
+
+_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base and what goes with it."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any
+    fresh: list[str]  # modules for which the checkpoint has no weights: they start at random and must be trained
+
+
+def load_base(
+    name: str,
+    task: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    labels: Sequence[str] | None = None,
+    tokenizer: Any = None,
+) -> Base:
+    """Return a base for a task, in eval mode.
+
+    name: a hub id, a folder, or a GGUF file, whose weights are dequantised.
+    task: "causal-lm", "classification" or "regression".
+    labels: the names of a classifier's outputs; None leaves them as the checkpoint has them.
+
+    Raises AdapterError when there is no such model, and when a language model's weights are not all in it.
+    """
+    tokenizer = tokenizer or load_tokenizer(name)
+    transformers = require("transformers", "loading a model")
+    options: dict[str, Any] = {}
+    if task == "classification" and labels is not None:
+        names = list(labels)
+        options = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {label: i for i, label in enumerate(names)},
+            "problem_type": "single_label_classification",
+            "ignore_mismatched_sizes": True,
+        }
+    elif task == "regression":
+        options = {"num_labels": 1, "problem_type": "regression", "ignore_mismatched_sizes": True}
+    source, gguf = _location(name)
+    if gguf:
+        options |= {"gguf_file": gguf, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    cls = getattr(transformers, _CLASSES[task])
+    with _reading(name), _quiet():
+        model, info = cls.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True, **options)
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
+    if task == "causal-lm" and fresh:
+        raise AdapterError(f"{name} is no causal language model: its checkpoint lacks {enumerate_names(fresh, 3)}")
+    if task != "causal-lm" and model.config.pad_token_id is None:  # decoders look for the last token before padding
+        model.config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+    return Base(model.to(device).eval(), tokenizer, _modules_with(model, fresh))
+
+
+def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels: int = 2) -> Any:
+    """Return a base on the meta device, from its configuration alone."""
+    transformers = require("transformers", "reading a model's configuration")
+    source, gguf = _location(name)
+    with _reading(name), _quiet():
+        config = transformers.AutoConfig.from_pretrained(source, **({"gguf_file": gguf} if gguf else {}))
+        if task != "causal-lm":
+            config.num_labels = 1 if task == "regression" else labels
+        with torch.device("meta"):
+            return getattr(transformers, _CLASSES[task]).from_config(config, dtype=dtype or torch.float32).eval()
+
+
+def checkpoint_folder(name: str) -> Path:
+    """Return the folder with a base's files; of a base on the hub they are fetched first."""
+    source, gguf = _location(name)
+    if gguf:
+        raise AdapterError(
+            f"{name} is a GGUF file, not a checkpoint of safetensors; --in-memory merges into its weights"
+        )
+    if Path(source).is_dir():
+        return Path(source)
+    hub = require("huggingface_hub", "fetching a model")
+    with _reading(name):
+        kept = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
+        return Path(hub.snapshot_download(source, allow_patterns=kept))
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a base."""
+    transformers = require("transformers", "loading a tokenizer")
+    source, gguf = _location(name)
+    with _reading(name), _quiet():
+        return transformers.AutoTokenizer.from_pretrained(source, **({"gguf_file": gguf} if gguf else {}))
+
+
+def heads_of(model: Any, fresh: Sequence[str]) -> list[str]:
+    """Return the modules to train whole with a classifier: all outside its encoder, and all that start at random."""
+    prefix = getattr(model, "base_model_prefix", "")
+    outside = [
+        name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())
+    ]
+    return [*outside, *(name for name in fresh if name.partition(".")[0] not in outside)]
+
+
+def longest(model: Any, tokenizer: Any) -> int:
+    """Return how many tokens a model can read, as its configuration or tokenizer says."""
+    config = getattr(model.config, "text_config", model.config)
+    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
+        limits = [limit and limit - 2 for limit in limits]  # their positions are counted from the padding's on
+    limits.append(getattr(tokenizer, "model_max_length", None))
+    return min((int(limit) for limit in limits if limit), default=1024)
+
+
+def recompute_activations(model: Any) -> None:
+    """Turn on gradient checkpointing, in the way in which gradients pass a frozen embedding."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers' newer name
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _location(name: str) -> tuple[str, str | None]:
+    """Return what from_pretrained takes, and the name of the GGUF file in it, if it is one."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise AdapterError(f"there is no file {name}")
+        require("gguf", "reading a GGUF file")
+        require("accelerate", "reading a GGUF file")
+        return str(path.parent), path.name
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local and not path.exists():
+        raise AdapterError(f"there is no folder {name}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        inside = sorted(str(found.parent) for found in path.glob("*/config.json"))
+        hint = f"; there are models in {enumerate_names(inside)}" if inside else ""
+        adapter = (
+            " (it is an adapter: give its base as model, and it as adapter)"
+            if (path / "adapter_config.json").is_file()
+            else ""
+        )
+        raise AdapterError(f"{name} is no model: it has no config.json{adapter}{hint}")
+    return str(path) if path.is_dir() else name, None
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = "" if Path(name).expanduser().exists() else " (it is no folder here, so it was looked for on the hub)"
+        raise AdapterError(f"cannot load {name}{where}: {first}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own bars and remarks: what they would say is checked here."""
+    logging = require("transformers", "loading a model").utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _modules_with(model: nn.Module, keys: Sequence[str]) -> list[str]:
+    """Return the modules that own tensors of these names, each once."""
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))

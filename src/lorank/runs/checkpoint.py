@@ -1,0 +1,86 @@
+"""A run's checkpoint: one safetensors file, replaced in one step, that holds all a run needs to go on.
+
+It has the adapter's parameters and buffers, the optimiser's moments and the random generators as tensors, and the place
+in the data and the best scores as JSON in the header. No pickle, and no way to have half of it.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapted import entries
+from ..errors import AdapterError, enumerate_names, raise_problems
+from ..formats import safetensors_file
+from ..surgery import adapter_parameters
+from ..training import TrainState
+
+FILE = "checkpoint.safetensors"
+_KEY = "lorank.run"
+
+
+@dataclass
+class Progress:
+    """What a run remembers besides tensors."""
+
+    data: str  # sha256 of the encoded examples
+    base: str  # sha256 of the fingerprints of the adapted weights
+    threads: int
+    device: str
+    torch: str
+    best: dict[str, float] = field(default_factory=dict)  # the scores of the adapter that is kept, and its step
+    seconds: float = 0.0  # spent training so far
+    tokens: int = 0  # read in training so far
+
+
+def write(folder: Path, model: nn.Module, name: str, state: TrainState, progress: Progress) -> None:
+    """Replace the run's checkpoint."""
+    tensors = {f"train.{key}": tensor for key, tensor in state.tensors().items()}
+    tensors |= {f"adapter.{key}": tensor for key, tensor in _own(model, name).items()}
+    packed = safetensors_file.pack(tensors, {_KEY: json.dumps(asdict(progress), sort_keys=True)})
+    safetensors_file.write_atomically({folder / FILE: packed})
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], TrainState, Progress]:
+    """Return the adapter's tensors, the state of the training and the run's progress."""
+    path = folder / FILE
+    if not path.is_file():
+        raise AdapterError(
+            f"{folder} has no checkpoint ({FILE}): the run was stopped before its first one; start it again"
+        )
+    _, tensors, metadata = safetensors_file.read(path)
+    try:
+        progress = Progress(**json.loads(metadata[_KEY]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path} is no checkpoint of a run, or of another lorank's ({error})") from None
+    adapter = {key.removeprefix("adapter."): t for key, t in tensors.items() if key.startswith("adapter.")}
+    stored = {key.removeprefix("train."): t for key, t in tensors.items() if key.startswith("train.")}
+    return adapter, TrainState.of(stored), progress
+
+
+@torch.no_grad()
+def restore(model: nn.Module, name: str, adapter: dict[str, Tensor]) -> None:
+    """Put stored values into an adapter, to the bit; raises AdapterError when the two do not have the same tensors."""
+    own = _own(model, name)
+    problems = []
+    if missing := own.keys() - adapter.keys():
+        problems.append(f"the checkpoint lacks {enumerate_names(sorted(missing), 3)}")
+    if unknown := adapter.keys() - own.keys():
+        problems.append(f"the checkpoint has {enumerate_names(sorted(unknown), 3)}, which this adapter has not")
+    for key in own.keys() & adapter.keys():
+        if own[key].shape != adapter[key].shape or own[key].dtype != adapter[key].dtype:
+            problems.append(f"{key} is {tuple(adapter[key].shape)} {adapter[key].dtype} in the checkpoint")
+    raise_problems("cannot resume", problems)
+    for key, tensor in own.items():
+        tensor.data.copy_(adapter[key])
+
+
+def _own(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the adapter's parameters, and the buffers of its copies, by name."""
+    found: dict[str, Any] = dict(adapter_parameters(model, name))
+    for layer_name, (_, entry) in entries(model, name).items():
+        found |= {f"{layer_name}.adapters.{name}.{key}": buffer for key, buffer in entry.named_buffers()}
+    return found

@@ -1,0 +1,124 @@
+"""A base with trained adapters on it, found from the adapters themselves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import AdapterError
+from ..formats import load, read
+from ..models import Base, load_base
+from ..targets import lies_in
+from .recipe import Recipe
+from .run import KEPT, RECIPE
+
+
+@dataclass
+class Loaded:
+    """One base in memory and adapters by name, none of them active."""
+
+    base: Base
+    name: str  # where the base was loaded from
+    about: dict[str, Any]  # of the first adapter: task, columns, labels
+    adapters: dict[str, Path]
+
+    @property
+    def model(self) -> Any:
+        return self.base.model
+
+
+def load_adapted(
+    model: str | None,
+    adapters: Sequence[str],
+    *,
+    task: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    allow_other_base: bool = False,
+) -> Loaded:
+    """Return a base with adapters.
+
+    model: the base; without it, the one that the first adapter was trained on, as its run or its file says.
+    adapters: folders of adapters or of runs, each as PATH or NAME=PATH.
+    task: of the model; without it, the task that the first adapter was trained for.
+
+    Raises AdapterError when it is not known which base or task is meant, and when adapters do not go together.
+    """
+    from .prepare import choose_device, choose_dtype
+
+    places = _named(adapters)
+    contents = {name: read(path) for name, path in places.items()}
+    first = next(iter(contents.values()), None)
+    about = dict(first.about) if first is not None else {}
+    chosen = task or about.get("task") or "causal-lm"
+    name = model or (base_of(next(iter(places.values()))) if places else None)
+    if name is None:
+        raise AdapterError("which base? Give --model; " + ("the adapter does not say" if places else "or an --adapter"))
+    for other, content in contents.items():
+        if content.about.get("task", chosen) != chosen or content.about.get("labels") != about.get("labels"):
+            raise AdapterError(
+                f"adapters {', '.join(contents)} do not go together: '{other}' is for {_purpose(content.about)}, "
+                f"the first for {_purpose(about)}"
+            )
+    where = choose_device(device)
+    labels = about.get("labels")
+    base = load_base(name, chosen, dtype=choose_dtype(dtype, where), labels=labels, device=where)
+    for adapter, path in places.items():
+        untrained = [module for module in base.fresh if not lies_in(module, contents[adapter].copies)]
+        if untrained:
+            raise AdapterError(
+                f"the base has no weights for {', '.join(untrained)}, and adapter '{adapter}' brings none"
+            )
+        load(base.model, path, adapter, activate=False, allow_other_base=allow_other_base)
+    torch.manual_seed(0)
+    return Loaded(base, name, about | {"task": chosen}, places)
+
+
+def require_trained_base(loaded: Loaded) -> None:
+    """Raise unless the base can be used without an adapter."""
+    if loaded.base.fresh:
+        raise AdapterError(
+            f"{loaded.name} alone has no trained {', '.join(loaded.base.fresh)}: its answers would be random. Score or "
+            "ask its adapters instead"
+        )
+
+
+def folder_of(adapter: str) -> Path:
+    """Return the folder of an adapter, given it or the run that it is the result of."""
+    path = Path(adapter).expanduser()
+    if (path / RECIPE).is_file():
+        if not (path / KEPT).is_dir():
+            raise AdapterError(f"the run {adapter} has no adapter yet; go on with lorank train --resume {adapter}")
+        return path / KEPT
+    return path
+
+
+def base_of(adapter: Path) -> str | None:
+    """Return the base that an adapter was trained on: from the run that it lies in, or from its file."""
+    recipe = adapter.parent / RECIPE
+    if recipe.is_file():
+        return Recipe.of(str(recipe)).model
+    return read(adapter).base_model
+
+
+def _named(adapters: Sequence[str]) -> dict[str, Path]:
+    """Return adapters by name; without one, by the name of their folder, or of their run."""
+    found: dict[str, Path] = {}
+    for given in adapters:
+        name, equals, path = given.partition("=")
+        folder = folder_of(path if equals else given)
+        if not equals:
+            resolved = folder.resolve()
+            in_run = resolved.name == KEPT and (resolved.parent / RECIPE).is_file()
+            name = (resolved.parent if in_run else resolved).name.replace(".", "_")
+        if name in found:
+            raise AdapterError(f"two adapters are called '{name}'; name them: --adapter first=... --adapter second=...")
+        found[name] = folder
+    return found
+
+
+def _purpose(about: dict[str, Any]) -> str:
+    labels = about.get("labels")
+    return f"{about.get('task', 'an unknown task')}" + (f" ({', '.join(labels)})" if labels else "")

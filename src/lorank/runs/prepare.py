@@ -1,0 +1,317 @@
+"""From a recipe to everything a run needs: data, model, adapter, schedule. Nothing is trained or written here."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..accounting import Memory, training_memory
+from ..data import Example, Order, Text, hold_out, open_source, rendering_of
+from ..errors import AdapterError, enumerate_names
+from ..fingerprint import fingerprint
+from ..models import Base, empty_base, heads_of, load_base, load_tokenizer, longest, recompute_activations
+from ..planning import Plan
+from ..surgery import adapt
+from ..targets import lies_in
+from ..tasks import CausalLM, Classification, Regression, Task, Tensors
+from ..tasks.base import to_device
+from ..tasks.sequence import label_names
+from ..training import TrainConfig
+from ..training.rate import suggested_rate
+from ..variants import LoRA
+from .recipe import Recipe
+
+ADAPTER = "default"  # the adapter's name on the model of a run
+_LONGEST = 1024  # tokens, unless the recipe says otherwise
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to start."""
+
+    recipe: Recipe  # with everything that was left open filled in
+    base: Base
+    task: Task
+    plan: Plan
+    config: TrainConfig
+    train: list[Example]
+    held_out: list[Example]
+    order: Order
+    device: torch.device
+    remarks: list[str]  # what was chosen or cut, for the user to see
+
+    @property
+    def model(self) -> Any:
+        return self.base.model
+
+    def data_digest(self) -> str:
+        """Return the sha256 of the encoded training examples."""
+        sha = hashlib.sha256()
+        for example in self.train:
+            sha.update(example.ids.tobytes() + repr(example.labels).encode())
+        return sha.hexdigest()
+
+    def base_digest(self) -> str:
+        """Return the sha256 of the fingerprints of the adapted weights."""
+        prints = [fingerprint(place.host.matrix(place.layer, place.part)).to_json() for place in self.plan.places]
+        return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+
+    def largest_batch(self) -> list[Example]:
+        """Return the longest examples that can come together in a batch."""
+        return sorted(self.train, key=lambda example: len(example.ids))[-self.recipe.batch_size :]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Return a run that is ready to start; raises AdapterError for anything that would not work later."""
+    remarks: list[str] = []
+    device = choose_device(recipe.device)
+    tokenizer = load_tokenizer(recipe.model)
+    records = open_source(recipe.data, recipe.split, recipe.limit)
+    recipe = choose_columns(recipe, records)
+    held = open_source(recipe.eval_data, recipe.eval_split, recipe.eval_limit) if recipe.eval_data else None
+    if held is None and recipe.eval_share:
+        records, held = hold_out(records, recipe.eval_share, recipe.seed, recipe.eval_limit or 1000)
+        remarks.append(f"held out {len(held):,} of {len(held) + len(records):,} records for evaluation (eval_share)")
+    records, held = _named_labels(records, recipe.label), _named_labels(held, recipe.label)
+    classes = recipe.label if recipe.task == "classification" else None
+    names = label_names(records[classes], classes) if classes else None
+    task = make_task(recipe, tokenizer, names)
+    train, held_out = task.examples(records), task.examples(held) if held is not None else []
+
+    _seed_everything(recipe.seed)
+    dtype = choose_dtype(recipe.dtype, device)
+    base = load_base(recipe.model, recipe.task, dtype=dtype, labels=names, tokenizer=tokenizer)
+    task.max_length = recipe.max_length or min(longest(base.model, tokenizer), _LONGEST)
+    train, cut = task.cut(train)
+    held_out, cut_held = task.cut(held_out)
+    if not train:
+        raise AdapterError("there is nothing to train on: no example has a trained token")
+    remarks += task.remarks(train) + cut + [f"held out: {remark}" for remark in cut_held]
+    plan = adapt_base(recipe, base.model, base.fresh)
+    base.model.to(device)
+
+    order = Order([len(example.ids) for example in train], recipe.batch_size, recipe.seed)
+    recipe, config = _schedule(recipe, order, base, remarks)
+    recipe = dataclasses.replace(
+        recipe,
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        device=str(device),
+        max_length=task.max_length,
+        train_also=list(plan.copies),
+        alpha=plan.spec.alpha,
+        best=_choose_best(recipe, task),
+    )
+    return Prepared(recipe, base, task, plan, config, train, held_out, order, device, remarks)
+
+
+def adapt_base(recipe: Recipe, model: Any, fresh: Sequence[str] = ()) -> Plan:
+    """Put the recipe's adapter on a base, of which the `fresh` modules have random values."""
+    if recipe.gradient_checkpointing:
+        recompute_activations(model)
+    heads = heads_of(model, fresh) if recipe.task != "causal-lm" else []
+    train_also = heads if recipe.train_also is None else recipe.train_also
+    untrained = [name for name in fresh if not lies_in(name, train_also)]
+    if untrained:
+        raise AdapterError(
+            f"{enumerate_names(untrained, 3)} would stay at random values: the checkpoint has none for it; "
+            f"name it in train_also (by default {enumerate_names(heads)})"
+        )
+    return adapt(
+        model,
+        LoRA(
+            rank=recipe.rank,
+            alpha=2 * recipe.rank if recipe.alpha is None else recipe.alpha,
+            dropout=recipe.dropout,
+            rank_stabilised=recipe.rank_stabilised,
+            init=recipe.init,  # type: ignore[arg-type]  # the recipe has checked it
+        ),
+        recipe.targets,
+        ADAPTER,
+        ranks=recipe.ranks,
+        alphas=recipe.alphas,
+        train_also=train_also,
+        bias=recipe.bias,  # type: ignore[arg-type]
+    )
+
+
+def memory_of(prepared: Prepared) -> Memory | str:
+    """Return what a step takes on the run's largest batch, or why that cannot be told; see `step_memory`."""
+    recipe, task = prepared.recipe, prepared.task
+    labels = len(task.labels) if isinstance(task, Classification) else 1
+    model = empty_base(recipe.model, recipe.task, dtype=getattr(torch, recipe.dtype), labels=labels)
+    adapt_base(recipe, model)
+    return step_memory(model, task, task.collate(prepared.largest_batch()))
+
+
+def step_memory(model: Any, task: Task, batch: Tensors) -> Memory | str:
+    """Return what a step on a batch takes, counted on an adapted model on the meta device, or why that cannot be told.
+
+    Some models look at the values of their tensors, and there are none on the meta device.
+    """
+    rows, width = batch["input_ids"].shape
+    inputs = to_device(batch, torch.device("meta"))
+    if isinstance(task, CausalLM):
+        inputs["labels"] = batch["labels"]  # how many of them are trained does count
+    else:
+        model.config.pad_token_id = model.config.pad_token_id or 0
+    # A mask of four dimensions is taken as it is; transformers would look at the values of another.
+    dtype = next(model.parameters()).dtype
+    inputs["attention_mask"] = torch.empty(rows, 1, width, width, dtype=dtype, device="meta")
+    try:
+        return training_memory(model.train(), lambda: task.loss(model, inputs))
+    except (NotImplementedError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+
+
+def make_task(recipe: Recipe, tokenizer: Any, labels: Sequence[str] | None) -> Task:
+    """Return the recipe's task; its columns must have been chosen."""
+    max_length = recipe.max_length or _LONGEST
+    if recipe.task == "causal-lm":
+        rendering = rendering_of(dataclasses.asdict(recipe), tokenizer)
+        options: Any = {"train_on": recipe.train_on, "label_smoothing": recipe.label_smoothing}
+        return CausalLM(tokenizer, max_length, rendering, **options)
+    assert recipe.text is not None and recipe.label is not None, "chosen before"
+    pair = Text(recipe.text_pair) if recipe.text_pair else None
+    parts = (tokenizer, max_length, Text(recipe.text), pair, recipe.label)
+    if recipe.task == "regression":
+        if recipe.label_smoothing:
+            raise AdapterError("label_smoothing has no meaning for a regression")
+        return Regression(*parts)
+    return Classification(*parts, labels=labels or (), label_smoothing=recipe.label_smoothing)
+
+
+def choose_columns(recipe: Recipe, records: Any) -> Recipe:
+    """Return the recipe with its task and columns filled in from the names of the columns."""
+    columns = set(records.column_names)
+    given = {
+        name for name in ("messages", "prompt", "completion", "text", "text_pair", "label") if getattr(recipe, name)
+    }
+    usual_text = next((name for name in ("text", "sentence") if name in columns), None)
+    filled: dict[str, Any] = {}
+    task = recipe.task
+    if task == "auto":
+        if given & {"messages", "prompt", "completion"}:
+            task = "causal-lm"
+        elif given & {"label", "text_pair"} or ("label" in columns and (usual_text or recipe.text)):
+            task = "regression" if _is_continuous(records, recipe.label or "label") else "classification"
+        elif recipe.text or "messages" in columns or {"prompt", "completion"} <= columns or usual_text:
+            task = "causal-lm"
+    if task == "causal-lm":
+        if not given:
+            if "messages" in columns:
+                filled["messages"] = "messages"
+            elif {"prompt", "completion"} <= columns:
+                filled |= {"prompt": "prompt", "completion": "completion"}
+            elif usual_text:
+                filled["text"] = usual_text
+        elif given & {"prompt", "completion"}:
+            filled = {name: name for name in ("prompt", "completion") if name not in given and name in columns}
+        chosen = bool(given or filled)
+    else:
+        filled = {"text": recipe.text or usual_text, "label": recipe.label or ("label" if "label" in columns else None)}
+        chosen = all(filled.values())
+    if task == "auto" or not chosen:
+        wanted = {
+            "auto": "messages, prompt and completion, text, or text and label",
+            "causal-lm": "messages, prompt and completion, or text",
+        }.get(task, "text and label")
+        raise AdapterError(
+            f"the data has the columns {', '.join(records.column_names)}; say which of them are {wanted}, "
+            "for instance --prompt question --completion answer"
+        )
+    return dataclasses.replace(recipe, task=task, **filled)
+
+
+def _is_continuous(records: Any, column: str) -> bool:
+    """Tell whether labels are numbers of which some are not whole."""
+    if column not in records.column_names:
+        return False  # told later, with the names that there are
+    found = False
+    for value in records.unique(column):
+        try:
+            found |= not float(value).is_integer()
+        except (TypeError, ValueError):
+            return False
+    return found
+
+
+def _named_labels(records: Any, column: Any) -> Any:
+    """Return records whose labels are names where the data set has names for its numbers."""
+    feature: Any = records.features.get(column) if records is not None and column else None
+    if not hasattr(feature, "int2str"):
+        return records
+    names = [feature.int2str(number) for number in records[column]]
+    return records.remove_columns([column]).add_column(column, names)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device of that name; `auto` takes an accelerator where there is one."""
+    if wanted == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise AdapterError(f"device {wanted!r} cannot be used: {reason}") from None
+    return device
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; `auto` is bfloat16 on GPUs that compute in it, else float32."""
+    if wanted == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if half else torch.float32
+    return getattr(torch, wanted)
+
+
+def _choose_best(recipe: Recipe, task: Task) -> str:
+    best = recipe.best or task.best[0]
+    if best not in task.scores:
+        raise AdapterError(f"best is '{best}'; a {task.kind} run has the scores {', '.join(task.scores)}")
+    return best
+
+
+def _schedule(recipe: Recipe, order: Order, base: Base, remarks: list[str]) -> tuple[Recipe, TrainConfig]:
+    steps = recipe.steps or math.ceil(recipe.epochs * order.per_pass / recipe.accumulate)
+    rate = recipe.learning_rate
+    if rate is None:
+        config = getattr(base.model.config, "get_text_config", lambda: base.model.config)()
+        alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
+        scale = alpha / (math.sqrt(recipe.rank) if recipe.rank_stabilised else recipe.rank)
+        rate = suggested_rate(config.hidden_size, scale)
+        remarks.append(
+            f"learning_rate {rate:g} is a suggestion, from the width {config.hidden_size} and the scale {scale:g}: "
+            "a rule of thumb to start from"
+        )
+    warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else round(recipe.warmup)
+    every = recipe.eval_every or max(10, math.ceil(steps / 10))
+    beta1, beta2 = recipe.betas if len(recipe.betas) == 2 else (math.nan, math.nan)
+    config = TrainConfig(
+        steps=steps,
+        learning_rate=rate,
+        schedule=recipe.schedule,  # type: ignore[arg-type]
+        warmup=min(warmup, steps),
+        weight_decay=recipe.weight_decay,
+        betas=(beta1, beta2),
+        epsilon=recipe.epsilon,
+        clip=recipe.clip,
+        accumulate=recipe.accumulate,
+    )
+    output = recipe.output or f"runs/{Path(recipe.data).stem}-{Path(recipe.model.rstrip('/')).name}"
+    filled = {"steps": steps, "learning_rate": rate, "eval_every": every, "output": output}
+    checkpoint_every = recipe.checkpoint_every or every
+    return dataclasses.replace(recipe, **filled, checkpoint_every=checkpoint_every), config
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)

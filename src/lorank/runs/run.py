@@ -1,0 +1,269 @@
+"""A run: training with evaluation, checkpoints and resume, as a generator of events."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import in_order
+from ..errors import AdapterError, enumerate_names
+from ..extras import require
+from ..formats import save
+from ..formats.safetensors_file import write_atomically
+from ..health import Watch
+from ..surgery import adapter_parameters
+from ..tasks import Tensors
+from ..tasks.base import evaluating, to_device
+from ..training import TrainState, train
+from ..version import __version__
+from . import checkpoint, metrics
+from .prepare import ADAPTER, Prepared
+from .recipe import Recipe
+
+RECIPE, FACTS, KEPT = "recipe.yaml", "run.json", "adapter"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An optimiser step was done."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    memory: int  # bytes, at most so far: on the GPU, or of the process
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The held-out data was scored."""
+
+    step: int
+    scores: dict[str, float]
+    kept: bool  # it is the best so far, and the adapter was saved
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run ended: done, or on request with a checkpoint to go on from."""
+
+    step: int
+    done: bool
+    best: dict[str, float]
+    seconds: float
+
+
+Event = Trained | Evaluated | Stopped
+
+
+class Run:
+    """A prepared run in its folder.
+
+    folder/recipe.yaml   the recipe with everything filled in
+    folder/run.json      versions, device, command, result
+    folder/metrics.jsonl every step's numbers; loss.png draws them
+    folder/adapter/      the best adapter so far (the last one, when nothing is held out)
+    folder/checkpoint.safetensors
+    """
+
+    def __init__(self, prepared: Prepared, *, resume: bool = False):
+        """Make the folder, or take up the run in it. Raises AdapterError when it holds another run."""
+        self.prepared, self.recipe = prepared, prepared.recipe
+        assert self.recipe.output is not None, "chosen in prepare"
+        self.folder = Path(self.recipe.output).expanduser()
+        self.state = TrainState()
+        self.stopping = False
+        self.progress = checkpoint.Progress(
+            data=prepared.data_digest(),
+            base=prepared.base_digest(),
+            threads=torch.get_num_threads(),
+            device=str(prepared.device),
+            torch=torch.__version__,
+        )
+        self.remarks: list[str] = []
+        if resume:
+            self._take_up()
+        else:
+            self._make_folder()
+
+    def stop(self) -> None:
+        """Have the run end after the current step, with a checkpoint."""
+        self.stopping = True
+
+    def events(self) -> Iterator[Event]:
+        """Train, and yield what happens."""
+        recipe, model, config = self.recipe, self.prepared.model, self.prepared.config
+        assert config.steps is not None and recipe.eval_every and recipe.checkpoint_every, "chosen in prepare"
+        if self.state.step >= config.steps:
+            yield Stopped(self.state.step, True, self.progress.best, self.progress.seconds)
+            return
+        log = metrics.Metrics(
+            self.folder,
+            after=self.state.step,
+            tensorboard=recipe.tensorboard,
+            wandb=recipe.wandb,
+            config=asdict(recipe),
+        )
+        try:
+            if self.state.step == 0 and self.prepared.held_out:
+                yield self._evaluate(log)
+            watch = Watch(model, ADAPTER)
+            model.train()
+            began = time.perf_counter()
+            for step in train(
+                adapter_parameters(model, ADAPTER), self._loss, self._batches(), config, state=self.state
+            ):
+                self.remarks += watch()
+                seconds = time.perf_counter() - began
+                self.progress.seconds += seconds
+                speed = self._tokens / seconds
+                self.progress.tokens, self._tokens = self.progress.tokens + self._tokens, 0
+                loss, memory = float(step.loss), peak_memory(self.prepared.device)
+                log.add(
+                    step.index,
+                    loss=loss,
+                    learning_rate=step.learning_rate,
+                    grad_norm=float(step.grad_norm),
+                    trained=step.weight,
+                    tokens_per_second=round(speed, 1),
+                    seconds=round(self.progress.seconds, 3),
+                    memory=memory,
+                )
+                yield Trained(step.index, config.steps, loss, step.learning_rate, speed, memory)
+                last = step.index == config.steps
+                if self.prepared.held_out and (last or step.index % recipe.eval_every == 0):
+                    yield self._evaluate(log)
+                if last and not self.prepared.held_out:
+                    self._keep()
+                if last or self.stopping or step.index % recipe.checkpoint_every == 0:
+                    checkpoint.write(self.folder, model, ADAPTER, self.state, self.progress)
+                if self.stopping and not last:
+                    break
+                began = time.perf_counter()
+        finally:
+            log.close()
+        done = self.state.step >= config.steps
+        metrics.plot(self.folder, metrics.read(self.folder), self.folder.name)
+        self._write_facts({"steps_done": self.state.step, "best": self.progress.best, "seconds": self.progress.seconds})
+        yield Stopped(self.state.step, done, self.progress.best, self.progress.seconds)
+
+    _tokens = 0  # read since the last step
+
+    def _batches(self) -> Iterator[Tensors]:
+        examples, task = self.prepared.train, self.prepared.task
+        for numbers in self.prepared.order.from_batch(self.state.step * self.prepared.config.accumulate):
+            batch = task.collate([examples[i] for i in numbers])
+            self._tokens += int(batch["attention_mask"].sum())
+            yield to_device(batch, self.prepared.device)
+
+    def _loss(self, batch: Tensors) -> tuple[Tensor, int]:
+        return self.prepared.task.loss(self.prepared.model, batch)
+
+    def _evaluate(self, log: metrics.Metrics) -> Evaluated:
+        """Score the held-out examples, and keep the adapter if it is the best so far."""
+        prepared = self.prepared
+        lengths = [len(example.ids) for example in prepared.held_out]
+        batches = in_order(lengths, 2 * self.recipe.batch_size)
+        with evaluating(prepared.model):
+            collated = (prepared.task.collate([prepared.held_out[i] for i in numbers]) for numbers in batches)
+            scores = prepared.task.measure(prepared.model, (to_device(batch, prepared.device) for batch in collated))
+        step = self.state.step
+        log.add(step, **{f"eval_{name}": value for name, value in scores.items()})
+        name = self.recipe.best or prepared.task.best[0]
+        before = self.progress.best.get(name)
+        lower = name in ("loss", "perplexity")
+        better = before is None or (scores[name] < before if lower else scores[name] > before)
+        if step and better and scores[name] == scores[name]:  # NaN is not better
+            self.progress.best = {"step": step, **scores}
+            self._keep()
+            return Evaluated(step, scores, True)
+        return Evaluated(step, scores, False)
+
+    def _keep(self) -> None:
+        """Save the adapter as the run's result."""
+        about = {**self.prepared.task.about(), "max_length": self.recipe.max_length, "lorank": __version__}
+        save(self.prepared.model, self.folder / KEPT, ADAPTER, about=about)
+
+    def _make_folder(self) -> None:
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            again = f"; lorank train --resume {self.folder} goes on with it" if (self.folder / RECIPE).is_file() else ""
+            raise AdapterError(f"the folder {self.folder} is not empty{again}; output= names another")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AdapterError(f"cannot make the folder {self.folder}: {error.strerror}") from None
+        write_atomically({self.folder / RECIPE: self.recipe.to_yaml().encode()})
+        self._write_facts({})
+
+    def _take_up(self) -> None:
+        """Put the checkpoint's values into the prepared run; raises AdapterError when it was another's."""
+        adapter, self.state, found = checkpoint.read(self.folder)
+        other = [what for what in ("data", "base") if getattr(found, what) != getattr(self.progress, what)]
+        if other:
+            raise AdapterError(
+                f"cannot resume {self.folder}: the {' and the '.join(other)} changed since it began; "
+                "start a new run, or put back what it was trained on"
+            )
+        changed = [
+            f"{what} {getattr(found, what)} then, {getattr(self.progress, what)} now"
+            for what in ("threads", "device", "torch")
+            if getattr(found, what) != getattr(self.progress, what)
+        ]
+        if changed:
+            self.remarks.append(f"the last digits will differ from an uninterrupted run: {enumerate_names(changed)}")
+        checkpoint.restore(self.prepared.model, ADAPTER, adapter)
+        self.progress = found
+
+    def _write_facts(self, result: dict[str, Any]) -> None:
+        prepared = self.prepared
+        facts = {
+            "lorank": __version__,
+            "versions": {name: _version(name) for name in ("torch", "transformers", "datasets", "safetensors")},
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": str(prepared.device),
+            "threads": torch.get_num_threads(),
+            "command": sys.argv,
+            "trainable_parameters": prepared.plan.trainable_parameters,
+            "base_parameters": prepared.plan.base_parameters,
+            "examples": len(prepared.train),
+            "held_out": len(prepared.held_out),
+            **result,
+        }
+        write_atomically({self.folder / FACTS: (json.dumps(facts, indent=2) + "\n").encode()})
+
+
+def stored_recipe(folder: str) -> Recipe:
+    """Return the recipe of a run that is to be resumed."""
+    path = Path(folder).expanduser()
+    if not (path / RECIPE).is_file():
+        raise AdapterError(f"there is no run in {folder}: it has no {RECIPE}")
+    return Recipe.of(str(path / RECIPE), {"output": str(path)})
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory used so far: by tensors on a GPU, or by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return require("psutil", "measuring memory").Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

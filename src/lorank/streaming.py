@@ -1,0 +1,219 @@
+"""Merge an adapter into a checkpoint on disk, one tensor at a time: the model is never in memory."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from .adapted import base_modules
+from .checkpoints import Checkpoint, Slot, appearing_whole, copy_companions, write_index, write_shard
+from .errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
+from .fingerprint import Comparison, compare
+from .formats.content import Content, LayerUpdate, factor_problems, locate, other_base
+from .hosts import Host
+from .lowrank import delta
+from .merging import MergeReport, MergeRow, fold, warn_of_rounding, wide
+from .planning import Place
+from .targets import Names
+from .ties import Ties
+
+
+@dataclass
+class _Job:
+    """What merging does to a checkpoint."""
+
+    model: nn.Module  # on the meta device
+    written_as: dict[str, str]  # key in the checkpoint -> key in the result
+    updates: dict[str, tuple[str, Host, LayerUpdate]] = field(default_factory=dict)  # by key of the weight: layer, ...
+    values: dict[str, Tensor] = field(default_factory=dict)  # biases and copies, by key: written as they are
+    rows: list[MergeRow] = field(default_factory=list)
+    compared: dict[str, Comparison] = field(default_factory=dict)
+
+
+def merge_checkpoint(
+    base: Path,
+    content: Content,
+    model: nn.Module,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_other_base: bool = False,
+    config: dict[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> MergeReport:
+    """Write the checkpoint in the folder `base`, with an adapter folded in, to the folder `target`.
+
+    content: the adapter, read for `model`.
+    model: the same architecture on the meta device, by which layers and tensors are told.
+    dtype: of the result's floating-point tensors; None keeps each as it is. W + ΔW is computed in float32 and rounded
+        once.
+    config: what changes in config.json.
+    progress: called with each file's name before it is written.
+
+    The result appears whole or not at all. Memory holds one tensor, and the adapter. Raises AdapterError for adapters
+    that do not fit, another base, values that are not finite, and a target that is there.
+    """
+    checkpoint = Checkpoint.of(base)
+    job = _prepare(checkpoint, content, model)
+    shards: dict[str, list[Slot]] = {}
+    for file, slots in checkpoint.shards.items():
+        shards[file] = [Slot(job.written_as[s.name], _dtype(s.dtype, dtype), s.shape) for s in slots]
+    known = {slot.name for slots in shards.values() for slot in slots}
+    floating = [slot.dtype for slots in shards.values() for slot in slots if slot.dtype.is_floating_point]
+    added = dtype or max(set(floating), key=floating.count)
+    last = next(reversed(shards))
+    for name, tensor in job.values.items():
+        if name not in known:
+            kind = added if tensor.is_floating_point() else tensor.dtype
+            shards[last].append(Slot(name, kind, tuple(tensor.shape)))
+    read_as = {written: key for key, written in job.written_as.items()}
+    with appearing_whole(target) as folder:
+        for file, slots in shards.items():
+            progress(file)
+            with safetensors.safe_open(base / file, framework="pt") as source:
+
+                def tensor_of(slot: Slot, source: Any = source) -> Tensor:
+                    if slot.name in job.values:
+                        return _finite(job.values[slot.name].to(slot.dtype), slot.name)
+                    tensor = source.get_tensor(read_as[slot.name])
+                    if slot.name in job.updates:
+                        return _merged(job, slot, tensor, allow_other_base)
+                    return tensor.to(slot.dtype)
+
+                write_shard(folder / file, slots, tensor_of)
+        remarks: list[str] = []
+        raise_problems("cannot merge", other_base(job.compared, allow_other_base, remarks))
+        write_index(folder, shards)
+        copy_companions(base, folder)
+        _change_config(folder / "config.json", (config or {}) | ({"dtype": dtype_name(dtype)} if dtype else {}))
+    report = MergeReport(("the adapter",), tuple(job.rows), tuple(content.copies))
+    warn_of_rounding(report)
+    return report
+
+
+def _dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and own.is_floating_point else own
+
+
+def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job:
+    """Find each of the adapter's places in the checkpoint; raises AdapterError that lists all that is wrong."""
+    names, ties = Names(model), Ties(model)
+    own = _tensor_names(model)
+    job = _Job(model, _written_as(checkpoint.names, own, getattr(model, "base_model_prefix", "")))
+    present = set(job.written_as.values())
+    problems = list(content.problems)
+    for layer_name, update in content.updates.items():
+        try:
+            canonical, host = locate(layer_name, update, names)
+        except AdapterError as error:
+            problems.append(str(error))
+            continue
+        layer = names.modules[canonical]
+        for part, (A, B) in update.factors.items():
+            problems += factor_problems(Place(canonical, part, layer, host, update.spec, host.shape(layer, part)), A, B)
+        key = f"{canonical}.weight"
+        others = ties.others(layer, host.weight(layer))
+        if others:
+            problems.append(f"{canonical} shares its weight with {', '.join(others)}, which merging would change too")
+        if key not in present:
+            problems.append(
+                f"the checkpoint has no {key}; {did_you_mean(key, present)}. Where it keeps weights under other names "
+                "or stacked, --in-memory merges in the loaded model"
+            )
+        job.updates[key] = (canonical, host, update)
+    for layer_name, bias in content.biases.items():
+        job.values[f"{layer_name}.bias"] = bias
+    for copy, tensors in content.copies.items():
+        for key, tensor in tensors.items():
+            job.values[f"{copy}.{key}"] = tensor
+    problems += [f"the adapter brings {key}, for which this model has no place" for key in job.values if key not in own]
+    problems += [
+        f"{key} is {tuple(tensor.shape)} in the adapter, the model needs {tuple(own[key].shape)}"
+        for key, tensor in job.values.items()
+        if key in own and own[key].shape != tensor.shape
+    ]
+    if not job.updates and not job.values:
+        problems.append("it holds no adapter")
+    raise_problems("cannot merge", list(dict.fromkeys(problems)))
+    return job
+
+
+def _tensor_names(model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for prefix, module in base_modules(model):
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                found[f"{prefix}.{name}" if prefix else name] = tensor
+    return found
+
+
+def _written_as(keys: list[str], own: dict[str, Tensor], prefix: str) -> dict[str, str]:
+    """Return the model's own name for each key of a checkpoint.
+
+    A checkpoint of a bare encoder lacks the prefix that its tensors have under a head, and the other way round. What
+    the model does not know keeps its name.
+    """
+    found = {}
+    for key in keys:
+        candidates = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
+        found[key] = next((name for name in candidates if name in own), key)
+    doubled = (
+        sorted({name for name in found.values() if list(found.values()).count(name) > 1})
+        if len(set(found.values())) < len(found)
+        else []
+    )
+    if doubled:
+        raise AdapterError(f"the checkpoint has {enumerate_names(doubled, 3)} under two names")
+    return found
+
+
+@torch.no_grad()
+def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Tensor:
+    """Return a weight with its updates folded in."""
+    name, host, update = job.updates[slot.name]
+    layer = job.model.get_submodule(name)
+    placeholder = layer._parameters["weight"]
+    assert placeholder is not None
+    if placeholder.shape != tensor.shape:
+        raise AdapterError(
+            f"cannot merge: {slot.name} is {tuple(tensor.shape)} in the checkpoint and {tuple(placeholder.shape)} in "
+            "the model that its config.json describes"
+        )
+    try:
+        layer._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
+        before = {part: wide(host.matrix(layer, part)).clone() for part in update.factors}
+        for part, then in update.fingerprints.items():
+            label = name if part == "weight" else f"{name}[{part}]"
+            job.compared[label] = compare(then, host.matrix(layer, part))
+        if not allow_other_base and any(not found.same for found in job.compared.values()):
+            raise_problems("cannot merge", other_base(job.compared, False, []))
+        layer._parameters["weight"] = nn.Parameter(tensor.to(slot.dtype, copy=True), requires_grad=False)
+        for part, (A, B) in update.factors.items():
+            change = delta(A, B, update.spec.scale)
+            job.rows.append(fold(name, layer, host, part, before[part], change))
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        return _finite(weight.detach(), slot.name)
+    finally:
+        layer._parameters["weight"] = placeholder
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        raise AdapterError(f"cannot merge: {name} would hold NaN or Inf in {dtype_name(tensor.dtype)}")
+    return tensor
+
+
+def _change_config(path: Path, changes: dict[str, Any]) -> None:
+    if not changes:
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "dtype" in changes:
+        config.pop("torch_dtype", None)
+    config |= changes
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,137 @@
+"""Task: the interface between data and model."""
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Example, columns_of
+from ..errors import AdapterError
+
+Tensors = dict[str, Tensor]
+_CHUNK = 1000  # records that are encoded together
+
+
+class Task(ABC):
+    """What a model is trained for."""
+
+    kind: ClassVar[str]  # the name on the command line and in files
+    best: ClassVar[tuple[str, bool]]  # the score by which adapters are compared, and whether more of it is better
+    scores: ClassVar[tuple[str, ...]]  # the names of all that `measure` returns
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    @abstractmethod
+    def columns(self) -> dict[str, str]:
+        """Return the columns that are needed, with what each is for."""
+
+    @abstractmethod
+    def encode(self, records: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """Return records as tokens and labels, not cut to `max_length` yet."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, int]:
+        """Return the summed loss of a batch and over how many tokens or records it is the sum."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module, batches: Iterable[Tensors]) -> dict[str, float]:
+        """Return the scores over held-out batches; the model is in eval mode, without gradients."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """Return what has to be kept with an adapter to use it: task, columns, names of labels."""
+
+    def examples(self, records: Any) -> list[Example]:
+        """Return a `datasets.Dataset` encoded; raises AdapterError for missing columns and unusable records."""
+        columns_of(records, self.columns())
+        examples: list[Example] = []
+        for begin in range(0, len(records), _CHUNK):
+            chunk = records.select(range(begin, min(begin + _CHUNK, len(records)))).to_list()
+            try:
+                examples += self.encode(chunk)
+            except AdapterError as error:
+                raise AdapterError(f"cannot use record {_first_bad(self, chunk, begin)}: {error}") from None
+        return examples
+
+    def remarks(self, examples: Sequence[Example]) -> list[str]:
+        """Return what looks doubtful about encoded examples."""
+        return []
+
+    def cut(self, examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
+        """Return the examples cut to `max_length`, without those that then have nothing to train on, and remarks."""
+        long = [example for example in examples if len(example.ids) > self.max_length]
+        if not long:
+            return list(examples), []
+        kept = [
+            example if len(example.ids) <= self.max_length else self._shortened(example, self.max_length)
+            for example in examples
+        ]
+        useful = [example for example in kept if _has_label(example)]
+        remark = f"{len(long):,} of {len(examples):,} examples are longer than {self.max_length} tokens and were cut"
+        lost = len(kept) - len(useful)
+        if lost:
+            remark += f"; {lost:,} of them have no trained token left and were left out"
+        return useful, [f"{remark} (the longest has {max(len(e.ids) for e in long):,}; max_length sets the limit)"]
+
+    def _shortened(self, example: Example, length: int) -> Example:
+        labels = example.labels[:length] if isinstance(example.labels, array) else example.labels
+        types = None if example.types is None else example.types[:length]
+        return Example(example.ids[:length], labels, types)
+
+    def collate(self, examples: Sequence[Example]) -> Tensors:
+        """Return examples as one batch, padded on the right to the longest of them."""
+        width = max(len(example.ids) for example in examples)
+        padding = getattr(self.tokenizer, "pad_token_id", None)
+        padding = padding if padding is not None else getattr(self.tokenizer, "eos_token_id", None) or 0
+        batch = {
+            "input_ids": _padded([example.ids for example in examples], width, padding),
+            "attention_mask": _padded([array("i", [1]) * len(example.ids) for example in examples], width, 0),
+        }
+        types = [example.types for example in examples if example.types is not None]
+        if types:
+            batch["token_type_ids"] = _padded(types, width, 0)
+        return batch
+
+
+def _padded(rows: Sequence[array], width: int, filler: int) -> Tensor:
+    made = torch.full((len(rows), width), filler, dtype=torch.long, device="cpu")
+    for row, target in zip(rows, made, strict=True):
+        target[: len(row)] = torch.frombuffer(row, dtype=torch.int32) if len(row) else 0
+    return made
+
+
+def _has_label(example: Example) -> bool:
+    return not isinstance(example.labels, array) or any(label >= 0 for label in example.labels[1:])
+
+
+def _first_bad(task: Task, chunk: list[dict[str, Any]], begin: int) -> str:
+    """Return the number of the first record that cannot be encoded, from 1."""
+    for i, record in enumerate(chunk):
+        try:
+            task.encode([record])
+        except AdapterError:
+            return f"{begin + i + 1:,}"
+    return f"in {begin + 1:,} to {begin + len(chunk):,}"
+
+
+def to_device(batch: Tensors, device: torch.device) -> Tensors:
+    """Return a batch on a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode and without gradients; afterwards each module is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
