@@ -244,7 +244,9 @@ def _is_continuous(records: Any, column: str) -> bool:
 
 def _named_labels(records: Any, column: Any) -> Any:
     """Return records whose labels are names where the data set has names for its numbers."""
-    feature: Any = records.features.get(column) if records is not None and column else None
+    if records is None or column not in records.features:
+        return records
+    feature = records.features[column]
     if not hasattr(feature, "int2str"):
         return records
     names = [feature.int2str(number) for number in records[column]]
