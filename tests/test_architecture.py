@@ -21,7 +21,7 @@ LAYERS = [
     {"training", "data", "models", "checkpoints", "examining"},
     {"evaluation", "streaming"},
     {"tasks"},
-    {"runs"},
+    {"runs", "demo"},
     {"cli"},
     {"", "__main__"},
 ]

@@ -63,15 +63,17 @@ def load_base(
     if gguf:
         options |= {"gguf_file": gguf, "quantization_config": transformers.GgufConfig(dequantize=True)}
     cls = getattr(transformers, _CLASSES[task])
-    with _reading(name), _quiet():
+    with _reading(name), _quiet(bars=not Path(source).is_dir()):
         model, info = cls.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True, **options)
+    if task == "causal-lm" and _reads_both_ways(transformers, model.config):
+        raise AdapterError(f"{name} is no causal language model: it is an encoder, which sees the tokens that follow")
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
     if task == "causal-lm" and fresh:
         raise AdapterError(f"{name} is no causal language model: its checkpoint lacks {enumerate_names(fresh, 3)}")
-    if task != "causal-lm" and model.config.pad_token_id is None:  # decoders look for the last token before padding
-        model.config.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+    if task != "causal-lm":  # decoders look for the last token before padding: that of `Task.collate`
+        config = model.config.get_text_config()
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        config.pad_token_id = padding or 0
     return Base(model.to(device).eval(), tokenizer, _modules_with(model, fresh))
 
 
@@ -173,18 +175,25 @@ def _reading(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' own bars and remarks: what they would say is checked here."""
+def _quiet(bars: bool = False) -> Iterator[None]:
+    """Silence transformers' remarks, which are checked here, and its bars unless something is to be downloaded."""
     logging = require("transformers", "loading a model").utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, hidden = logging.get_verbosity(), logging.is_progress_bar_enabled() and not bars
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if hidden:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if hidden:
             logging.enable_progress_bar()
+
+
+def _reads_both_ways(transformers: Any, config: Any) -> bool:
+    """Tell whether a model of the class for causal language models is an encoder with a head for masked words."""
+    masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return type(config) in masked and getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False)
 
 
 def _modules_with(model: nn.Module, keys: Sequence[str]) -> list[str]:

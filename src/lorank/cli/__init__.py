@@ -4,6 +4,7 @@ import typer
 
 from ..version import __version__
 from .console import run_app
+from .demo import demo
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     epilog="lorank COMMAND --help shows examples.",
 )
+app.command("demo")(demo)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

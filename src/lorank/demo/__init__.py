@@ -1,0 +1,1 @@
+"""The demo: LoRA on real weights and real data that every Python brings along."""
