@@ -76,9 +76,13 @@ def encoder(folder: Path, seed: int = 0) -> Path:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=numbers
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],  # given here, it is saved too
     )
-    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer),

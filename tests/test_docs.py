@@ -1,28 +1,46 @@
-"""Every code block of the README and of docs/ runs, and every output shown is what comes out."""
+"""Every code block of the README and of docs/ runs, and every output shown is what comes out.
+
+`python` blocks share one namespace, and `text` is what the block before prints. `console` blocks hold `$ lorank ...`
+lines, each with its output, in which numbers may differ and a line `...` stands for any lines. A `yaml` or `json`
+block that begins with a comment `# name` is a file of that name.
+"""
 
 import contextlib
 import io
+import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from lorank import formats, hosts, variants
+from lorank.cli import app
+from lorank.errors import AdapterError
 
-from . import models
+from . import checkpoints, models
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMANDS = ("train", "eval", "generate", "merge", "inspect", "plan", "demo")  # each page goes on from the one before
+CHAPTERS = [
+    *([page] for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))),
+    [ROOT / "docs" / "commands" / f"{name}.md" for name in COMMANDS],
+    *([page] for page in sorted((ROOT / "docs" / "results").glob("*.md"))),
+]
+PAGES = [page for chapter in CHAPTERS for page in chapter]
+BLOCK = re.compile(r"^```(python|text|console|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"# (\S+\.(?:yaml|jsonl))$", re.MULTILINE)
 
 
 @pytest.fixture
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Yield what a page's code may take for granted: a model in path/to/model, and batches for it."""
     models.llama().save_pretrained(tmp_path / "path" / "to" / "model")
+    write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     registries = (formats.FORMATS, hosts.base._HOSTS, hosts.fused_qkv._LAYOUTS, variants.base._VARIANTS)
     before: list[dict[Any, Any]] = [dict(registry) for registry in registries]
@@ -33,19 +51,73 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[di
         registry.update(content)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_blocks_run_and_print_what_is_shown(page: Path, surroundings: dict[str, Any]) -> None:
-    text = page.read_text(encoding="utf-8")
-    assert text.count("```") == 2 * len(BLOCK.findall(text)), "a block of a kind that is not run"
-    printed = ""
-    for kind, block in BLOCK.findall(page.read_text(encoding="utf-8")):
-        if kind == "text":
-            assert printed.strip() == block.strip()
-            continue
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            exec(compile(block, str(page), "exec"), surroundings)
-        printed = output.getvalue()
+def write_files(folder: Path) -> None:
+    """Write what the pages of the command line start from: models in `base` and `encoder`, and data."""
+    checkpoints.causal(folder / "base")
+    checkpoints.encoder(folder / "encoder")
+    for name, count in (("questions", 60), ("held_out", 12)):
+        records = [{"question": f"what is {i}?", "answer": f"it is {i % 7}"} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, count in (("reviews", 80), ("dev", 20)):
+        rows = [f"a {('bad', 'good')[i % 2]} film {i}\t{('negative', 'positive')[i % 2]}" for i in range(count)]
+        (folder / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+
+
+def run_console(block: str) -> list[tuple[str, str, str]]:
+    """Run a block's commands; return each with the output shown and the output there is."""
+    found = []
+    for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+        words = shlex.split(command)
+        assert words[0] == "lorank", command
+        result = CliRunner().invoke(app, words[1:])
+        output = result.output
+        if isinstance(result.exception, AdapterError):
+            output += f"error: {result.exception}\n"
+        elif result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        found.append((command, shown, output))
+    return found
+
+
+def masked(text: str) -> str:
+    """Return a text in which every number looks alike, and blanks between words do."""
+    text = re.sub(r"\d[\d,.:]*(?:e[+-]?\d+)?", "0", text)
+    return "\n".join(re.sub(r"[ \t-]+", " ", line).strip() for line in text.strip().splitlines())
+
+
+def matches(shown: str, output: str) -> bool:
+    """Tell whether a shown output is what came out, but for numbers and lines left out with `...`."""
+    pattern = "\n".join(".*?" if line == "..." else re.escape(line) for line in masked(shown).splitlines())
+    return re.fullmatch(pattern, masked(output), re.DOTALL) is not None
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter[0].stem)
+def test_code_blocks_run_and_print_what_is_shown(chapter: list[Path], surroundings: dict[str, Any]) -> None:
+    for page in chapter:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```") == 2 * len(BLOCK.findall(text)), f"{page}: a block of a kind that is not run"
+        printed = ""
+        for kind, block in BLOCK.findall(text):
+            if kind == "text":
+                assert printed.strip() == block.strip()
+            elif kind == "yaml":
+                name = FILE.match(block)
+                assert name, "a file's block begins with its name, as a comment"
+                Path(name[1]).write_text(block, encoding="utf-8")
+            elif kind == "console":
+                for command, shown, output in run_console(block):
+                    assert matches(shown, output), f"{page.name}: $ {command}\n{output}"
+            else:
+                output = io.StringIO()
+                with contextlib.redirect_stdout(output):
+                    line = text[: text.index(block)].count("\n")
+                    exec(compile("\n" * line + block, str(page), "exec"), surroundings)
+                printed = output.getvalue()
+
+
+def test_every_command_has_a_page() -> None:
+    assert sorted(COMMANDS) == sorted(command.name or "" for command in app.registered_commands)
+    assert sorted(COMMANDS) == sorted(page.stem for page in (ROOT / "docs" / "commands").glob("*.md"))
 
 
 def test_links_between_pages_lead_somewhere() -> None:

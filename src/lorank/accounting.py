@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .adapted import base_modules
 from .surgery import adapter_parameters
@@ -32,7 +33,9 @@ def training_memory(model: nn.Module, forward: Callable[[], object]) -> Memory:
     model: an adapted model, in train mode; on the meta device nothing is computed.
     forward: runs it on a batch, through to the loss.
 
-    An estimate: workspace of the kernels, fragmentation and the framework itself come on top.
+    An estimate: workspace of the kernels, fragmentation and the framework itself come on top; with gradient
+    checkpointing, so do the activations of the one block that is computed again. Dropout inside the attention is
+    counted as on a CPU, which keeps its matrix then; on a GPU it is not kept.
     """
     parameters = adapter_parameters(model).values()
     adapter = sum(_bytes(parameter) for parameter in parameters)
@@ -51,7 +54,7 @@ def training_memory(model: nn.Module, forward: Callable[[], object]) -> Memory:
             kept[_storage(tensor)] = tensor.untyped_storage()  # held, so that no other takes its number
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     return Memory(
         base=sum(size for key, size in base.items() if key not in trained),
@@ -60,6 +63,37 @@ def training_memory(model: nn.Module, forward: Callable[[], object]) -> Memory:
         optimiser=2 * adapter,
         activations=sum(storage.nbytes() for storage in kept.values()),
     )
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Computes attention on the meta device as kernels on real devices do: without keeping its matrix.
+
+    There PyTorch would choose the plain formula, which keeps (batch, heads, length, length) numbers a layer.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return _attention(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    plain: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **others: Any,
+) -> Tensor:
+    alike = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[-1] == value.shape[-1]
+    if not query.is_meta or not alike or dropout_p or (attn_mask is not None and attn_mask.requires_grad):
+        return plain(query, key, value, attn_mask, dropout_p, is_causal, **others)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=others.get("scale"))[0]
 
 
 def adapter_bytes(model: nn.Module) -> int:

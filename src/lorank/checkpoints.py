@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -21,6 +22,7 @@ from .errors import AdapterError, enumerate_names
 from .formats.safetensors_file import DTYPES, encoded, flush_folder
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TEMPLATES = "additional_chat_templates"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".index.json")
 
 
@@ -46,16 +48,25 @@ class Checkpoint:
 
     folder: Path
     shards: dict[str, list[Slot]]  # by file, in the order of the file
+    config: dict[str, Any]
 
     @staticmethod
     def of(folder: Path) -> "Checkpoint":
         """Return the checkpoint in a folder; raises AdapterError when it is none, or not of safetensors."""
         if not (folder / "config.json").is_file():
             raise AdapterError(f"{folder} is no model: it has no config.json")
+        try:
+            config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise AdapterError(f"{folder / 'config.json'} cannot be read: {error}") from None
+        if config.get("quantization_config"):
+            raise AdapterError(
+                f"{folder} is quantised, and its tensors are not the weights; merge into the base that it was made from"
+            )
         if (folder / _INDEX).is_file():
             try:
                 files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise AdapterError(f"{folder / _INDEX} cannot be read: {error}") from None
         elif (folder / _SINGLE).is_file():
             files = [_SINGLE]
@@ -69,7 +80,7 @@ class Checkpoint:
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise AdapterError(f"{folder} lacks {enumerate_names(missing, 3)}, which its index names")
-        return Checkpoint(folder, {name: _slots(folder / name) for name in files})
+        return Checkpoint(folder, {name: _slots(folder / name) for name in files}, config)
 
     @property
     def names(self) -> list[str]:
@@ -126,6 +137,8 @@ def copy_companions(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHTS) and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
 
 
 @contextmanager
@@ -144,16 +157,17 @@ def appearing_whole(target: Path) -> Iterator[Path]:
     try:
         yield made
         made.chmod(0o777 & ~_mask())
-        for path in made.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in made.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         flush_folder(made)
         if target.exists():
             target.rmdir()  # it is empty
         made.rename(target)
         flush_folder(target.parent)
-    except OSError as error:
-        raise AdapterError(f"cannot write {target}: {error.strerror or error}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

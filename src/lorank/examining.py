@@ -60,7 +60,7 @@ def examine(path: Path, *, allow_pickle: bool = False) -> Examination:
     """Return what an adapter file holds; raises AdapterError when it cannot be read at all."""
     content = read(path, allow_pickle=allow_pickle)
     problems, remarks = list(content.problems), list(content.remarks)
-    layers = [_layer(name, update) for name, update in content.updates.items()]
+    layers = [_layer(name, update) for name, update in sorted(content.updates.items(), key=_by_number)]
     tensors = {f"{name}: {factor}": t for name, u in content.updates.items() for factor, t in _factors(u).items()}
     others = {f"{name}.bias": bias for name, bias in content.biases.items()}
     others |= {f"{copy}.{key}": tensor for copy, found in content.copies.items() for key, tensor in found.items()}
@@ -93,6 +93,11 @@ def examine(path: Path, *, allow_pickle: bool = False) -> Examination:
         problems=problems,
         remarks=remarks,
     )
+
+
+def _by_number(item: tuple[str, object]) -> list[tuple[int, str]]:
+    """Return a key that sorts layers.9 before layers.10; a file has its tensors in no order."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in item[0].split(".")]
 
 
 def _layer(name: str, update: LayerUpdate) -> Layer:

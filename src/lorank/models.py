@@ -70,11 +70,20 @@ def load_base(
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
     if task == "causal-lm" and fresh:
         raise AdapterError(f"{name} is no causal language model: its checkpoint lacks {enumerate_names(fresh, 3)}")
-    if task != "causal-lm":  # decoders look for the last token before padding: that of `Task.collate`
-        config = model.config.get_text_config()
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        config.pad_token_id = padding or 0
+    padding = padding_of_classifier(model.config, tokenizer) if task != "causal-lm" else None
+    if padding is not None:
+        model.config.get_text_config().pad_token_id = padding
     return Base(model.to(device).eval(), tokenizer, _modules_with(model, fresh))
+
+
+def padding_of_classifier(config: Any, tokenizer: Any) -> int | None:
+    """Return the padding that a decoder's classifier must know, to find the last token before it; None for encoders.
+
+    It is that of `Task.collate`, whatever the configuration says.
+    """
+    if type(config) in require("transformers", "loading a model").MODEL_FOR_MASKED_LM_MAPPING:
+        return None
+    return (tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id) or 0
 
 
 def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels: int = 2) -> Any:
@@ -87,6 +96,21 @@ def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels
             config.num_labels = 1 if task == "regression" else labels
         with torch.device("meta"):
             return getattr(transformers, _CLASSES[task]).from_config(config, dtype=dtype or torch.float32).eval()
+
+
+def known_labels(name: str) -> list[str]:
+    """Return the names of the labels in a base's configuration: LABEL_0, ... where nobody gave them names."""
+    transformers = require("transformers", "reading a model's configuration")
+    source, gguf = _location(name)
+    with _reading(name), _quiet():
+        config = transformers.AutoConfig.from_pretrained(source, **({"gguf_file": gguf} if gguf else {}))
+    return [config.id2label[i] for i in range(config.num_labels)] if config.id2label else []
+
+
+def label_order(name: str, labels: Sequence[str]) -> list[str]:
+    """Return labels in the order of the base's own classifier where it has just these, so that its head stays right."""
+    own = known_labels(name)
+    return own if sorted(own) == sorted(labels) else list(labels)
 
 
 def checkpoint_folder(name: str) -> Path:
@@ -193,7 +217,11 @@ def _quiet(bars: bool = False) -> Iterator[None]:
 def _reads_both_ways(transformers: Any, config: Any) -> bool:
     """Tell whether a model of the class for causal language models is an encoder with a head for masked words."""
     masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
-    return type(config) in masked and getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False)
+    return (
+        type(config) in masked
+        and getattr(config, "is_decoder", None) is False
+        and not getattr(config, "is_encoder_decoder", False)
+    )
 
 
 def _modules_with(model: nn.Module, keys: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ class _Job:
     written_as: dict[str, str]  # key in the checkpoint -> key in the result
     updates: dict[str, tuple[str, Host, LayerUpdate]] = field(default_factory=dict)  # by key of the weight: layer, ...
     values: dict[str, Tensor] = field(default_factory=dict)  # biases and copies, by key: written as they are
+    brought: dict[str, list[Tensor]] = field(default_factory=dict)  # what the adapter says the base has, by key
     rows: list[MergeRow] = field(default_factory=list)
     compared: dict[str, Comparison] = field(default_factory=dict)
 
@@ -62,7 +63,11 @@ def merge_checkpoint(
     job = _prepare(checkpoint, content, model)
     shards: dict[str, list[Slot]] = {}
     for file, slots in checkpoint.shards.items():
-        shards[file] = [Slot(job.written_as[s.name], _dtype(s.dtype, dtype), s.shape) for s in slots]
+        kept = [(job.written_as[slot.name], slot) for slot in slots if slot.name in job.written_as]
+        shards[file] = [
+            Slot(name, _dtype(s.dtype, dtype), tuple(job.values[name].shape) if name in job.values else s.shape)
+            for name, s in kept
+        ]
     known = {slot.name for slots in shards.values() for slot in slots}
     floating = [slot.dtype for slots in shards.values() for slot in slots if slot.dtype.is_floating_point]
     added = dtype or max(set(floating), key=floating.count)
@@ -75,17 +80,18 @@ def merge_checkpoint(
     with appearing_whole(target) as folder:
         for file, slots in shards.items():
             progress(file)
-            with safetensors.safe_open(base / file, framework="pt") as source:
 
-                def tensor_of(slot: Slot, source: Any = source) -> Tensor:
-                    if slot.name in job.values:
-                        return _finite(job.values[slot.name].to(slot.dtype), slot.name)
-                    tensor = source.get_tensor(read_as[slot.name])
-                    if slot.name in job.updates:
-                        return _merged(job, slot, tensor, allow_other_base)
-                    return tensor.to(slot.dtype)
+            def tensor_of(slot: Slot, source: Path = base / file) -> Tensor:
+                if slot.name in job.values:
+                    return _finite(job.values[slot.name].to(slot.dtype), slot.name)
+                with safetensors.safe_open(source, framework="pt") as opened:  # anew, or all its pages stay in memory
+                    tensor = opened.get_tensor(read_as[slot.name])
+                _require_own(job, slot.name, tensor)
+                if slot.name in job.updates:
+                    return _merged(job, slot, tensor, allow_other_base)
+                return _converted(tensor, slot)
 
-                write_shard(folder / file, slots, tensor_of)
+            write_shard(folder / file, slots, tensor_of)
         remarks: list[str] = []
         raise_problems("cannot merge", other_base(job.compared, allow_other_base, remarks))
         write_index(folder, shards)
@@ -104,7 +110,8 @@ def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job
     """Find each of the adapter's places in the checkpoint; raises AdapterError that lists all that is wrong."""
     names, ties = Names(model), Ties(model)
     own = _tensor_names(model)
-    job = _Job(model, _written_as(checkpoint.names, own, getattr(model, "base_model_prefix", "")))
+    prefix = getattr(model, "base_model_prefix", "")
+    job = _Job(model, _written_as(checkpoint.names, own, prefix))
     present = set(job.written_as.values())
     problems = list(content.problems)
     for layer_name, update in content.updates.items():
@@ -131,16 +138,67 @@ def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job
     for copy, tensors in content.copies.items():
         for key, tensor in tensors.items():
             job.values[f"{copy}.{key}"] = tensor
+    problems += _shared(content, names, ties)
     problems += [f"the adapter brings {key}, for which this model has no place" for key in job.values if key not in own]
     problems += [
         f"{key} is {tuple(tensor.shape)} in the adapter, the model needs {tuple(own[key].shape)}"
         for key, tensor in job.values.items()
         if key in own and own[key].shape != tensor.shape
     ]
+    for key, tensor in content.base.items():
+        if key not in own:
+            problems.append(f"the file has {key}, for which this model has no place; {did_you_mean(key, own)}")
+        elif own[key].shape != tensor.shape:
+            problems.append(
+                f"the file brings the base's {key} as {tuple(tensor.shape)}, the model needs {tuple(own[key].shape)}: "
+                "another base, or one with another vocabulary (resize_token_embeddings)"
+            )
+        else:  # a tied weight is in the checkpoint under one of its names
+            for name in {key, *_tied(key, own, names, ties)} & present:
+                job.brought.setdefault(name, []).append(tensor)
+    lacking = {
+        key.rpartition(".")[0]
+        for key, tensor in own.items()
+        if isinstance(tensor, nn.Parameter) and prefix and not key.startswith(f"{prefix}.")
+        if not {key, *_tied(key, own, names, ties)} & (present | job.values.keys())
+    }
+    problems += [
+        f"the checkpoint has no weights for {name}, and the adapter brings none; where it keeps them under other "
+        "names, --in-memory merges in the loaded model"
+        for name in sorted(lacking)
+    ]
     if not job.updates and not job.values:
         problems.append("it holds no adapter")
     raise_problems("cannot merge", list(dict.fromkeys(problems)))
+    needed = {key for key, tensor in own.items() if isinstance(tensor, nn.Parameter)}
+    architectures = checkpoint.config.get("architectures") or []
+    if type(model).__name__ not in architectures and needed <= present | job.values.keys():
+        job.written_as = {key: name for key, name in job.written_as.items() if name in own}  # not another task's head
     return job
+
+
+def _tied(key: str, own: dict[str, Tensor], names: Names, ties: Ties) -> list[str]:
+    """Return the other names of a parameter."""
+    tensor = own[key]
+    return ties.others(names.modules[key.rpartition(".")[0]], tensor) if isinstance(tensor, nn.Parameter) else []
+
+
+def _shared(content: Content, names: Names, ties: Ties) -> list[str]:
+    """Return a problem for each bias and copy whose memory other modules use too."""
+    biases = {name: {"bias"} for name in content.biases}
+    problems = []
+    for name, keys in [*biases.items(), *((name, tensors.keys()) for name, tensors in content.copies.items())]:
+        if name not in names.modules:
+            continue  # told by its tensors
+        module = names.modules[name]
+        parameters = dict(module.named_parameters())
+        for key in keys & parameters.keys():
+            others = ties.others(module, parameters[key])
+            if key == "bias":  # a head's own bias is often registered above it too
+                others = [other for other in others if not name.startswith(f"{other.rpartition('.')[0]}.")]
+            if others:
+                problems.append(f"{name} shares its weight with {', '.join(others)}, which merging would change too")
+    return problems
 
 
 def _tensor_names(model: nn.Module) -> dict[str, Tensor]:
@@ -186,7 +244,7 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
         )
     try:
         layer._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
-        before = {part: wide(host.matrix(layer, part)).clone() for part in update.factors}
+        before = {part: wide(host.matrix(layer, part)) for part in update.factors}  # stays: a copy is written to
         for part, then in update.fingerprints.items():
             label = name if part == "weight" else f"{name}[{part}]"
             job.compared[label] = compare(then, host.matrix(layer, part))
@@ -201,6 +259,20 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
         return _finite(weight.detach(), slot.name)
     finally:
         layer._parameters["weight"] = placeholder
+
+
+def _require_own(job: _Job, name: str, tensor: Tensor) -> None:
+    """Raise AdapterError when the adapter brings along another value of a tensor of its base."""
+    if any(not torch.equal(brought.to(tensor.dtype), tensor) for brought in job.brought.get(name, ())):
+        raise AdapterError(f"cannot merge: the file brings the base's {name}, and it differs: another base")
+
+
+def _converted(tensor: Tensor, slot: Slot) -> Tensor:
+    """Return a tensor in its slot's dtype, which must be able to hold it."""
+    converted = tensor.to(slot.dtype)
+    if converted is not tensor and bool((converted.isinf() & tensor.isfinite()).any()):
+        raise AdapterError(f"cannot merge: {slot.name} would hold NaN or Inf in {dtype_name(slot.dtype)}")
+    return converted
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """How all commands speak: results to standard output, everything else to standard error, errors in one form."""
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,8 @@ from rich.text import Text
 
 from ..errors import AdapterError, AdapterWarning
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+out = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def say(text: str, style: str = "") -> None:
@@ -24,9 +25,18 @@ def say(text: str, style: str = "") -> None:
 def result(data: Any, as_json: bool, show: Callable[[], object]) -> None:
     """Print a result on standard output: as JSON, or as people read it."""
     if as_json:
-        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.write(json.dumps(_finite(data), indent=2, ensure_ascii=False, default=str) + "\n")
     else:
         show()
+
+
+def _finite(data: Any) -> Any:
+    """Return data with null for NaN and infinities, which JSON has not."""
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str | None = None, numbers: Sequence[str] = ()) -> None:

@@ -63,7 +63,7 @@ def demo(
         _show_outputs(facts)
         _show_facts(facts)
         if quick:
-            out.print("(--quick trains a few steps only; lorank demo without it learns more)", markup=False)
+            out.print("(--quick trains a few steps only; lorank demo without it learns more)")
         _show_next(str(demo.folder), folder)
 
     result(facts, as_json, show)
@@ -103,10 +103,10 @@ def _show_outputs(facts: dict[str, Any]) -> None:
     """Show what one model in memory answers with no adapter, and with each."""
     for row in facts["outputs"]:
         out.print()
-        out.print(" | ".join(row["prompt"].splitlines()), markup=False, style="bold")
+        out.print(" | ".join(row["prompt"].splitlines()), style="bold")
         for who in ("base", "describe", "name", "truth"):
             mark = "  <- learned this" if who == row["skill"] else ""
-            out.print(f"  {who:9} {row[who][:90]}{mark}", markup=False)
+            out.print(f"  {who:9} {row[who][:90]}{mark}")
 
 
 def _show_facts(facts: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def _show_facts(facts: dict[str, Any]) -> None:
     }
     out.print()
     for what, text in lines.items():
-        out.print(f"{what:9} {text}", markup=False)
+        out.print(f"{what:9} {text}")
 
 
 def _show_next(model: str, folder: str) -> None:
@@ -136,5 +136,5 @@ def _show_next(model: str, folder: str) -> None:
         "lorank generate --adapter runs/mine --prompt 'a question'",
         "lorank merge --adapter runs/mine --out merged",
     ):
-        out.print(f"  {command}", markup=False)
-    out.print(f"What is in an adapter of this demo: lorank inspect {shlex.quote(folder)}/describe", markup=False)
+        out.print(f"  {command}")
+    out.print(f"What is in an adapter of this demo: lorank inspect {shlex.quote(folder)}/describe")

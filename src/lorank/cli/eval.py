@@ -100,11 +100,11 @@ def evaluate(
 def _task(loaded: Any, given: dict[str, str | None], records: Any, data: str, max_length: int | None) -> Any:
     """Return the task to score: the adapters' own, under what was given."""
     from ..models import longest
-    from ..runs.prepare import choose_columns, make_task
-    from ..runs.recipe import Recipe
-    from ..tasks.sequence import label_names
+    from ..runs.columns import choose_columns
+    from ..runs.prepare import make_task
+    from ..runs.recipe import Recipe, as_typed
 
-    keys = {name: value.replace("\\n", "\n") for name, value in given.items() if value is not None}
+    keys = {name: as_typed(name, value) for name, value in given.items() if value is not None}
     known = {name for name in Recipe.names() if name in loaded.about and loaded.about[name] is not None}
     about = {name: loaded.about[name] for name in known}
     if keys.keys() & {"prompt", "completion", "messages", "text"}:  # another kind of record replaces the adapter's
@@ -121,8 +121,6 @@ def _task(loaded: Any, given: dict[str, str | None], records: Any, data: str, ma
     recipe = dataclasses.replace(recipe, max_length=limit, label_smoothing=0.0)
     labels = loaded.about.get("labels")
     if recipe.task == "classification" and labels is None:
-        known_labels = loaded.model.config.id2label
-        labels = [known_labels[i] for i in range(len(known_labels))] or label_names(
-            records[recipe.label], recipe.label or ""
-        )
+        names = loaded.model.config.id2label
+        labels = [names[i].removeprefix("LABEL_") for i in range(len(names))]  # nobody named them: they are numbers
     return make_task(recipe, loaded.base.tokenizer, labels)

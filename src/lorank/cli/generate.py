@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from ..errors import AdapterError
 from .console import err, out, say
@@ -111,7 +112,7 @@ def _side_by_side(answering: Any, text: str) -> None:
     record = answering.record(text)
     for name in answering.names:
         if len(answering.names) > 1:
-            out.print(f"[bold]{name or '(base)'}[/]" if out.is_terminal else f"{name or '(base)'}:")
+            out.print(Text(name or "(base)", "bold") if out.is_terminal else Text(f"{name or '(base)'}:"))
         answering.one(name, record, lambda piece: (sys.stdout.write(piece), sys.stdout.flush()))
         sys.stdout.write("\n")
 
@@ -144,12 +145,17 @@ def _from_file(answering: Any, file: str, save: str | None, limit: int | None, b
     answering.check(records)
     pieces = [records[i : i + 8 * batch_size] for i in range(0, len(records), 8 * batch_size)]
     partial = Path(f"{save}.partial") if save else None
-    with partial.open("w", encoding="utf-8") if partial else contextlib.nullcontext(sys.stdout) as target:
-        for chunk in track(pieces, "generating", console=err, transient=True, disable=not err.is_terminal):
-            for record, answers in zip(chunk, answering.all_at_once(chunk, batch_size), strict=True):
-                line: dict[str, Any] = {**_plain(record), "outputs": answers}
-                target.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-            target.flush()
+    try:
+        with partial.open("w", encoding="utf-8") if partial else contextlib.nullcontext(sys.stdout) as target:
+            for chunk in track(pieces, "generating", console=err, transient=True, disable=not err.is_terminal):
+                for record, answers in zip(chunk, answering.all_at_once(chunk, batch_size), strict=True):
+                    line: dict[str, Any] = {**_plain(record), "outputs": answers}
+                    target.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                target.flush()
+    except BaseException:
+        if partial and partial.exists():
+            say(f"what was answered so far is in {partial}", "yellow")
+        raise
     if partial and save:
         partial.replace(save)
         say(f"{len(records):,} records written to {save}")

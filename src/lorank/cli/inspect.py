@@ -41,21 +41,20 @@ def inspect(
             table(rows, numbers=("layers", "rank", "alpha", "scale", "norm of ΔW", "parameters"))
         for kind, tensors in (("trained whole", found.copies), ("bias", found.biases)):
             if tensors:
-                out.print(f"{kind}: {', '.join(tensors)}", markup=False)
+                out.print(f"{kind}: {', '.join(tensors)}")
         out.print(
             f"{found.parameters:,} parameters in {len(found.layers)} layers, {readable(found.bytes)} in {Path(place)}",
-            markup=False,
         )
         if found.base_model:
-            out.print(f"base: {found.base_model}", markup=False)
+            out.print(f"base: {found.base_model}")
         for key, value in found.about.items():
-            out.print(f"{key}: {value!r}" if isinstance(value, str) else f"{key}: {value}", markup=False)
+            out.print(f"{key}: {value!r}" if isinstance(value, str) else f"{key}: {value}")
         for remark in found.remarks:
-            out.print(f"remark: {remark}", markup=False)
+            out.print(f"remark: {remark}")
         for problem in found.problems:
-            out.print(f"PROBLEM: {problem}", markup=False, style="bold red")
+            out.print(f"PROBLEM: {problem}", style="bold red")
         if not found.remarks and not found.problems:
-            out.print("nothing looks wrong", markup=False)
+            out.print("nothing looks wrong")
 
     result(facts, as_json, show)
     if found.problems:

@@ -47,22 +47,23 @@ def merge(
 
     from ..formats import read
     from ..models import checkpoint_folder
-    from ..runs.loading import base_of, folder_of
+    from ..runs.loading import base_of, folder_of, labels_of
 
     place = folder_of(adapter)
-    about = read(place, allow_pickle=allow_pickle).about
-    name = model or base_of(place)
+    content = read(place, allow_pickle=allow_pickle)
+    task = content.task or "causal-lm"
+    name = model or base_of(place, allow_pickle=allow_pickle)
     if name is None:
         raise AdapterError(f"which base? {adapter} does not say; give --model")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise AdapterError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
     kind = getattr(torch, dtype) if dtype else None
-    task = about.get("task", "causal-lm")
+    labels = labels_of(content, name)
     options = {"allow_other_base": allow_other_base, "allow_pickle": allow_pickle}
     if in_memory:
-        report = _in_memory(name, place, Path(target), task, about, kind, options)
+        report = _in_memory(name, place, Path(target), task, labels, kind, options)
     else:
-        report = _streamed(checkpoint_folder(name), place, Path(target), task, about, kind, options)
+        report = _streamed(checkpoint_folder(name), place, Path(target), task, labels, kind, options)
     rows = [
         {**dataclasses.asdict(row), "dtype": dtype_name(row.dtype)}
         for row in sorted(report.rows, key=lambda row: -row.relative_error)
@@ -70,27 +71,30 @@ def merge(
     facts = {"out": target, "base": name, "adapter": str(place), "copies": list(report.copies), "layers": rows}
 
     def show() -> None:
-        out.print(str(report), markup=False)
-        out.print(f"written to {target}", markup=False)
+        out.print(str(report))
+        out.print(f"written to {target}")
 
     result(facts, as_json, show)
 
 
-def _streamed(base: Path, place: Path, target: Path, task: str, about: dict, dtype: Any, options: dict) -> Any:
+def _streamed(base: Path, place: Path, target: Path, task: str, labels: Any, dtype: Any, options: dict) -> Any:
+    from ..checkpoints import Checkpoint
     from ..formats import read
-    from ..models import empty_base
+    from ..models import empty_base, load_tokenizer, padding_of_classifier
     from ..streaming import merge_checkpoint
 
-    labels = about.get("labels")
-    model = empty_base(str(base), task, labels=len(labels) if labels else 2)
+    known = Checkpoint.of(base).config.get("id2label") or range(2)
+    model = empty_base(str(base), task, labels=len(labels or known))
     content = read(place, model, allow_pickle=options["allow_pickle"])
     config: dict[str, Any] = {}
     if task != "causal-lm":
-        names = list(labels or ["LABEL_0"])
-        config = {
-            "architectures": [type(model).__name__],
-            "id2label": {str(i): label for i, label in enumerate(names)},
-            "label2id": {label: i for i, label in enumerate(names)},
+        config = {"architectures": [type(model).__name__]}
+        padding = padding_of_classifier(model.config, load_tokenizer(str(base)))
+        config |= {"pad_token_id": padding} if padding is not None else {}
+    if task != "causal-lm" and labels:
+        config |= {
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
             "problem_type": "regression" if task == "regression" else "single_label_classification",
         }
     with err.status("merging ...") as status:
@@ -106,16 +110,22 @@ def _streamed(base: Path, place: Path, target: Path, task: str, about: dict, dty
         )
 
 
-def _in_memory(name: str, place: Path, target: Path, task: str, about: dict, dtype: Any, options: dict) -> Any:
+def _in_memory(name: str, place: Path, target: Path, task: str, labels: Any, dtype: Any, options: dict) -> Any:
+    import torch
+
     from ..checkpoints import appearing_whole
     from ..formats import load
     from ..merging import merge as merge_model
     from ..models import load_base
+    from ..runs.loading import require_trained_head
 
     say("loading the whole model", "dim")
-    base = load_base(name, task, dtype=dtype, labels=about.get("labels"))
-    load(base.model, place, **options)
+    # In float32 first: the base rounded to the dtype before the update is added would be rounded twice.
+    base = load_base(name, task, dtype=torch.float32 if dtype else None, labels=labels)
+    require_trained_head(base, load(base.model, place, **options).copies, "the adapter")
     report = merge_model(base.model)
+    if dtype:
+        base.model.to(dtype)
     with appearing_whole(target) as folder:
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)

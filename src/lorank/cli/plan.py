@@ -36,7 +36,7 @@ def plan(
     Examples:
       lorank plan HuggingFaceTB/SmolLM2-135M
       lorank plan roberta-base --task classification --targets query,value --rank 8
-      lorank plan path/to/model --targets 'c_attn[q,v]' --rank 4 --json
+      lorank plan path/to/model --targets 'c_attn\\[q,v]' --rank 4 --json
     """
     import torch
 
@@ -81,13 +81,13 @@ def plan(
     }
 
     def show() -> None:
-        out.print(str(made), markup=False)
-        out.print(f"adapter file: about {readable(size)}", markup=False)
+        out.print(str(made))
+        out.print(f"adapter file: about {readable(size)}")
         if isinstance(memory, str):
-            out.print(f"memory of a step: this model cannot be counted without its weights ({memory})", markup=False)
+            out.print(f"memory of a step: this model cannot be counted without its weights ({memory})")
             return
         parts = ", ".join(f"{name} {readable(amount)}" for name, amount in vars(memory).items())
         shape = f"{batch_size} examples of {length} tokens in {dtype}"
-        out.print(f"memory of a step on {shape}, estimated: {readable(memory.total)} ({parts})", markup=False)
+        out.print(f"memory of a step on {shape}, estimated: {readable(memory.total)} ({parts})")
 
     result(facts, as_json, show)

@@ -2,15 +2,16 @@
 
 import dataclasses
 import inspect
+import shlex
 import signal
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+from rich.markup import escape
 
 from ..errors import AdapterError
-from ..runs.recipe import Recipe, parse_overrides
+from ..runs.recipe import Recipe, as_typed, parse_overrides
 from .console import err, number, out, result, say
 from .progress import Display, clock
 
@@ -39,11 +40,7 @@ def train(
     words = list(overrides or [])
     if recipe is not None and "=" in recipe and not recipe.endswith((".yaml", ".yml")):
         words, recipe = [recipe, *words], None
-    flags = {
-        name: value.replace("\\n", "\n") if isinstance(value, str) else value  # a shell passes on \n as two signs
-        for name, value in given.items()
-        if value is not None
-    }
+    flags = {name: as_typed(name, value) for name, value in given.items() if value is not None}
     if resume is not None and (recipe or words or flags or dry_run):
         raise AdapterError("--resume goes on with a run as it was begun; it takes no recipe and no other options")
     if resume is None and not (recipe or words or flags):
@@ -57,9 +54,7 @@ def train(
     wanted = stored_recipe(resume) if resume is not None else Recipe.of(recipe, parse_overrides(words), flags)
     with err.status("reading data, loading the model ..."):
         prepared = prepare(wanted)
-    out_of_json = not as_json
-    if out_of_json:
-        _announce(prepared)
+    _announce(prepared, preview=not dry_run)
     if dry_run:
         _dry_run(prepared, as_json)
         return
@@ -77,13 +72,13 @@ def train(
         "seconds": finish.seconds,
         "plot": str(run.folder / PLOT),
     }
-    result(facts, as_json, lambda: _show_end(facts, wanted.model))
+    result(facts, as_json, lambda: _show_end(facts))
     if not finish.done:
         raise typer.Exit(130)
 
 
 def _train(run: Any) -> Any:
-    """Run to the end, or to the first Ctrl-C; a second one does not wait for the step."""
+    """Run to the end, or to the first Ctrl-C or SIGTERM; a second Ctrl-C does not wait for the step."""
     from ..runs.run import Evaluated, Stopped, Trained
 
     def interrupted(*_: object) -> None:
@@ -91,7 +86,7 @@ def _train(run: Any) -> Any:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         say("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)", "yellow")
 
-    before = signal.signal(signal.SIGINT, interrupted)
+    before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
     told = 0
     display = Display(run.prepared.config.steps, run.state.step)
     finish = None
@@ -108,14 +103,13 @@ def _train(run: Any) -> Any:
                 elif isinstance(event, Stopped):
                     finish = event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return finish
 
 
-def _announce(prepared: Any) -> None:
+def _announce(prepared: Any, preview: bool) -> None:
     """Say what is about to happen, and show the first examples as the model will see them."""
-    from ..data import pieces
-
     recipe, config = prepared.recipe, prepared.config
     say(str(prepared.plan))
     tokens = sum(len(example.ids) for example in prepared.train)
@@ -125,12 +119,21 @@ def _announce(prepared: Any) -> None:
     )
     for remark in prepared.remarks:
         say(f"note: {remark}")
+    if preview:
+        _preview(prepared, prepared.train[:2])
+
+
+def _preview(prepared: Any, examples: Sequence[Any]) -> None:
+    """Show examples as the model sees them, with the trained tokens marked."""
     from rich.text import Text
 
-    for example in prepared.train[:2]:
+    from ..data import pieces
+
+    coloured = err.is_terminal and not err.no_color
+    for example in examples:
         line = Text("example: ", style="bold")
         for piece in pieces(prepared.task.tokenizer, example):
-            if piece.trained and not (err.is_terminal and not err.no_color):
+            if piece.trained and not coloured:
                 line.append(f"⟦{piece.text}⟧")
             else:
                 line.append(piece.text, style="bold green" if piece.trained else "dim")
@@ -138,9 +141,8 @@ def _announce(prepared: Any) -> None:
             labels = getattr(prepared.task, "labels", None)
             line.append(f"  -> {labels[int(example.labels)] if labels else example.labels}", style="bold green")
         err.print(line)
-    if recipe.task == "causal-lm":
-        how = "green" if err.is_terminal and not err.no_color else "in ⟦⟧"
-        say(f"(trained tokens are {how})", "dim")
+    if prepared.recipe.task == "causal-lm":
+        say(f"(trained tokens are {'green' if coloured else 'in ⟦⟧'})", "dim")
 
 
 def _dry_run(prepared: Any, as_json: bool) -> None:
@@ -149,8 +151,10 @@ def _dry_run(prepared: Any, as_json: bool) -> None:
     from ..runs.prepare import memory_of
 
     memory = memory_of(prepared)
-    batch = prepared.task.collate([prepared.train[i] for i in next(prepared.order.from_batch(0))])
-    shape = list(batch["input_ids"].shape)
+    first = [prepared.train[i] for i in next(prepared.order.from_batch(0))]
+    shape = list(prepared.task.collate(first)["input_ids"].shape)
+    say(f"first batch, {shape[0]} examples padded to {shape[1]} tokens:")
+    _preview(prepared, first[:8])
     facts = {
         "recipe": dataclasses.asdict(prepared.recipe),
         "trainable_parameters": prepared.plan.trainable_parameters,
@@ -163,9 +167,8 @@ def _dry_run(prepared: Any, as_json: bool) -> None:
     }
 
     def show() -> None:
-        out.print(f"first batch: {shape[0]} examples, padded to {shape[1]} tokens")
         if isinstance(memory, str):
-            out.print(f"memory: this model cannot be counted without its weights ({memory})", markup=False)
+            out.print(f"memory: this model cannot be counted without its weights ({memory})")
         else:
             parts = ", ".join(f"{name} {readable(size)}" for name, size in dataclasses.asdict(memory).items())
             out.print(f"memory of a step on the longest examples, estimated: {readable(memory.total)} ({parts})")
@@ -174,18 +177,16 @@ def _dry_run(prepared: Any, as_json: bool) -> None:
     result(facts, as_json, show)
 
 
-def _show_end(facts: Mapping[str, Any], model: str) -> None:
+def _show_end(facts: Mapping[str, Any]) -> None:
     if not facts["done"]:
-        out.print(f"stopped at step {facts['step']}; go on with: lorank train --resume {facts['run']}")
+        out.print(f"stopped at step {facts['step']}; go on with: lorank train --resume {shlex.quote(facts['run'])}")
         return
     best = facts["best"]
     scores = "  ".join(f"{name} {number(value)}" for name, value in best.items() if name != "step")
     out.print(f"done in {clock(facts['seconds'])} of training: {facts['plot']}")
     out.print(f"adapter: {facts['adapter']}" + (f"  (step {best['step']}: {scores})" if best else ""))
-    verb = "eval" if "accuracy" in best or "pearson" in best else "generate"
-    out.print(
-        f"next: lorank {verb} --adapter {facts['adapter']}  |  lorank merge --adapter {facts['adapter']} --out merged"
-    )
+    run = shlex.quote(facts["run"])
+    out.print(f"next: lorank generate --adapter {run}, or lorank merge --adapter {run} --out merged")
 
 
 def _option(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
@@ -199,7 +200,7 @@ def _option(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
     text = field.metadata["help"]
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     if shown not in (None, "", {}, False):
-        text += f" [default: {shown}]"
+        text += escape(f" [default: {shown}]")
     annotation = str if is_list else kind if kind in (bool, str, int, float) else inner
     option = typer.Option(flag, help=text, rich_help_panel=field.metadata["panel"], show_default=False)
     return inspect.Parameter(
@@ -241,4 +242,3 @@ def _with_flags(command: Any) -> Any:
 
 
 train = _with_flags(train)
-assert sys.version_info >= (3, 10)

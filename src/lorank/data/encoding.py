@@ -39,7 +39,7 @@ def encode_segments(tokenizer: Any, rows: Sequence[Sequence[Segment]], special_t
                 piece = longer[len(ids) :]
             else:
                 exact = False
-                piece = _ids(tokenizer, [segment.text], False)[0]
+                piece = _continued(tokenizer, segment.text)
             ids += piece
             labels += piece if segment.trained else [IGNORED] * len(piece)
         if end is not None:
@@ -47,6 +47,12 @@ def encode_segments(tokenizer: Any, rows: Sequence[Sequence[Segment]], special_t
             labels.append(end if row and row[-1].trained else IGNORED)
         examples.append(Example(array("i", ids), array("i", labels)))
     return examples
+
+
+def _continued(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text that goes on from another: without the blank that some put before a first word."""
+    before, whole = _ids(tokenizer, ["\n", f"\n{text}"], False)
+    return whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, [text], False)[0]
 
 
 def prompt_ids(tokenizer: Any, text: str, special_tokens: bool) -> list[int]:
@@ -73,10 +79,14 @@ def pieces(tokenizer: Any, example: Example) -> list[Segment]:
     if not isinstance(example.labels, array):
         return [Segment(tokenizer.decode(example.ids), False)]
     found: list[Segment] = []
-    begin = 0
+    begin, before = 0, ""
     marks = [label != IGNORED for label in example.labels]
     for i in range(1, len(marks) + 1):
         if i == len(marks) or marks[i] != marks[begin]:
-            found.append(Segment(tokenizer.decode(example.ids[begin:i]), marks[begin]))
-            begin = i
+            # Some tokenizers drop the space in front of what they decode: so each piece is the end of a longer text.
+            through = tokenizer.decode(example.ids[:i])
+            whole = through.startswith(before)
+            piece = through[len(before) :] if whole else tokenizer.decode(example.ids[begin:i])
+            found.append(Segment(piece, marks[begin]))
+            begin, before = i, through
     return found

@@ -44,7 +44,12 @@ class Text:
                     f"column '{column}' holds a {type(value).__name__} where text is needed: {value!r:.80}"
                 )
             values[column] = str(value)
-        return self.form.format_map(values) if "{" in self.form else values[self.form]
+        if "{" not in self.form:
+            return values[self.form]
+        try:
+            return self.form.format_map(values)
+        except (ValueError, LookupError, AttributeError) as error:
+            raise AdapterError(f"the template {self.form!r} cannot be filled with texts: {error}") from None
 
 
 class Rendering(ABC):
@@ -139,7 +144,8 @@ class _Templated(Rendering):
                 if i != answers[-1]:
                     continue  # some templates rewrite earlier turns (thoughts are dropped): not what was said then
                 raise AdapterError("the chat template writes the last answer in another way than it is asked for")
-            end = len(through.rstrip())  # through the end-of-turn sign, without the line break after it
+            # Through the end-of-turn sign, without the line break after it. An empty answer may have no sign.
+            end = max(len(before), len(through.rstrip()))
             segments += [Segment(whole[done : len(before)], False), Segment(whole[len(before) : end], True)]
             done = end
         return segments

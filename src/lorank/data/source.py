@@ -2,6 +2,9 @@
 
 import csv
 import itertools
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +15,27 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _READERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 _KNOWN = (*_READERS, *_SEPARATORS)
 _PROBED_LINES = 1000
+_LONGEST_FIELD = 2**31 - 1  # characters in a field of a CSV file; the csv module's own limit is below a long document
+_QUOTED = re.compile(r'(?:^|(?<=\t))"[^"]*(?:""[^"]*)*"(?=\t|\r?$)', re.MULTILINE)
 
 
 def open_source(source: str, split: str = "train", limit: int | None = None) -> Any:
     """Return the records of a file or of a hub data set as a `datasets.Dataset`.
 
-    In CSV and TSV files every value is text as it stands in the file: `NA` is not missing and `007` not 7. `limit`
-    takes the first so many records. Raises AdapterError when there is nothing to read, and says what there is.
+    In CSV and TSV files every value is text as it stands in the file: `NA` is not missing and `007` not 7. In JSON
+    files a text stays one, a date too. `limit` takes the first so many records. Raises AdapterError when there is
+    nothing to read, and says what there is.
     """
     datasets = require("datasets", "reading data")
     path = Path(source).expanduser()
-    datasets.disable_progress_bars()
+    shown = not datasets.are_progress_bars_disabled()
+    if shown:
+        datasets.disable_progress_bars()
     try:
         if path.is_file():
             found = _open_file(datasets, path)
+        elif path.is_dir():
+            found = _open_hub(datasets, str(path), split)  # a folder as the hub has them
         elif path.suffix in _KNOWN or path.is_absolute() or source.startswith((".", "~")):
             raise AdapterError(f"there is no file {source}{_neighbours(path)}")
         else:
@@ -33,7 +43,8 @@ def open_source(source: str, split: str = "train", limit: int | None = None) -> 
     except AdapterError as error:
         raise AdapterError(f"cannot read the data: {error}") from None
     finally:
-        datasets.enable_progress_bars()
+        if shown:
+            datasets.enable_progress_bars()
     if limit is not None and limit < len(found):
         found = found.select(range(limit))
     if not len(found):
@@ -48,11 +59,50 @@ def _open_file(datasets: Any, path: Path) -> Any:
         raise AdapterError(f"{path} is empty")
     try:
         if path.suffix in _SEPARATORS:
-            return datasets.Dataset.from_dict(_columns(path, _SEPARATORS[path.suffix]))
-        return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+            limit = csv.field_size_limit(_LONGEST_FIELD)
+            try:
+                columns = _columns(path, _SEPARATORS[path.suffix])
+            finally:
+                csv.field_size_limit(limit)
+            return datasets.Dataset.from_dict(columns)
+        found = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        if _READERS[path.suffix] == "json":
+            found.data.table.validate(full=True)  # else bytes that are not UTF-8 come to light with the record
+            found = _with_dates_as_text(datasets, found, path)
+        return found
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError, OSError, csv.Error) as error:
         reason = error.__cause__ or error
         raise AdapterError(f"{path} is no whole {path.suffix[1:]} file: {reason}") from None
+
+
+def _with_dates_as_text(datasets: Any, found: Any, path: Path) -> Any:
+    """Return the records of a JSON file with the texts that the reader took for dates as they stand in the file."""
+    dates = [field.name for field in found.data.schema if "timestamp[" in str(field.type)]
+    if not dates:
+        return found
+    values: dict[str, list[Any]] = {name: [] for name in dates}
+    for record in _json_records(path):
+        for name in dates:
+            values[name].append(record.get(name))
+    names = found.column_names
+    rest, texts = found.remove_columns(dates), datasets.Dataset.from_dict(values)
+    joined = datasets.concatenate_datasets([rest, texts], axis=1) if rest.column_names else texts
+    return joined.select_columns(names)
+
+
+def _json_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file with one on each line, or with one JSON value for all."""
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            first = json.loads(file.readline())
+        except ValueError:
+            first = None
+        file.seek(0)
+        if isinstance(first, dict):
+            yield from (json.loads(line) for line in file if line.strip())
+            return
+        whole = json.load(file)
+    yield from whole if isinstance(whole, list) else [whole]
 
 
 def _columns(path: Path, separator: str) -> dict[str, list[str]]:
@@ -63,13 +113,14 @@ def _columns(path: Path, separator: str) -> dict[str, list[str]]:
     """
     with path.open(encoding="utf-8-sig", newline="") as file:  # UnicodeDecodeError is a ValueError
         head = list(itertools.islice(file, _PROBED_LINES))
-        fields = [field for line in head for field in line.rstrip("\r\n").split(separator) if '"' in field]
-        quoted = separator == "," or all(_is_quoted(field) for field in fields)
+        quoted = separator == "," or '"' not in _QUOTED.sub("", "".join(head))
         file.seek(0)
         reader = csv.reader(
             file, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True
         )
-        header = next(reader)
+        header = next(reader, [])
+        if not header:
+            raise ValueError("its first line, the names of the columns, is empty")
         doubled = sorted({name for name in header if header.count(name) > 1})
         if doubled:
             raise ValueError(f"its first line, the names of the columns, has {', '.join(map(repr, doubled))} twice")
@@ -79,10 +130,6 @@ def _columns(path: Path, separator: str) -> dict[str, list[str]]:
                 raise ValueError(f"line {reader.line_num} has {len(row)} fields and the first line {len(header)}")
             rows += [row] if row else []
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}
-
-
-def _is_quoted(field: str) -> bool:
-    return len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
 
 
 def _open_hub(datasets: Any, source: str, split: str) -> Any:
@@ -113,6 +160,8 @@ def columns_of(records: Any, wanted: dict[str, str]) -> None:
             problems.append(f"the {purpose} column '{column}' is not in the data; {near}")
             continue
         empty = records.data.column(column).null_count
+        if empty:  # in the whole table, of which these records may be a part
+            empty = records.select_columns([column]).with_format("arrow")[:][column].null_count
         if empty:
             rows = [i for i, value in enumerate(itertools.islice(records[column], 100_000)) if value is None]
             where = f" (records {enumerate_names(map(str, (i + 1 for i in rows)), 3)})" if rows else ""

@@ -77,7 +77,8 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], decoding: Decod
         do_sample=draws,
         eos_token_id=ends,
         pad_token_id=padding,
-        **({"temperature": decoding.temperature, "top_p": decoding.top_p} if draws else {}),
+        # Without top_k=0 transformers would draw from the likeliest 50 alone.
+        **({"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if draws else {}),
     )
     width = max(len(row) for row in rows)
     ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)

@@ -12,10 +12,11 @@ def classification_scores(labels: Sequence[int], predictions: Sequence[int], cla
     """
     metrics = require("sklearn.metrics", "scoring a classifier")
     average = "binary" if classes == 2 else "macro"
+    constant = len(set(labels)) < 2 or len(set(predictions)) < 2  # no correlation; scikit-learn would warn at times
     return {
         "accuracy": float(metrics.accuracy_score(labels, predictions)),
         "f1": float(metrics.f1_score(labels, predictions, average=average, zero_division=0.0)),
-        "matthews": float(metrics.matthews_corrcoef(labels, predictions)),
+        "matthews": 0.0 if constant else float(metrics.matthews_corrcoef(labels, predictions)),
     }
 
 

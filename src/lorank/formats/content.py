@@ -41,6 +41,7 @@ class Content:
     base: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that came along
     bias: Bias = "none"
     about: dict[str, Any] = field(default_factory=dict)  # what its maker wrote of it: the task, the names of labels
+    task: str | None = None  # what the model is for, when the file says so: causal-lm or classification
     base_model: str | None = None  # where the base is, when the file says so: a hub id
     problems: list[str] = field(default_factory=list)  # what a reader found; `fit` adds what it finds, and raises
     remarks: list[str] = field(default_factory=list)  # what a reader should warn of once the adapter is loaded

@@ -27,7 +27,8 @@ class Progress:
     """What a run remembers besides tensors."""
 
     data: str  # sha256 of the encoded examples
-    base: str  # sha256 of the fingerprints of the adapted weights
+    base: str  # sha256 of some bits of each of its tensors
+    recipe: str  # sha256 of the recipe
     threads: int
     device: str
     torch: str
@@ -49,7 +50,8 @@ def read(folder: Path) -> tuple[dict[str, Tensor], TrainState, Progress]:
     path = folder / FILE
     if not path.is_file():
         raise AdapterError(
-            f"{folder} has no checkpoint ({FILE}): the run was stopped before its first one; start it again"
+            f"{folder} has no checkpoint ({FILE}): the run was stopped before its first one; remove {folder} and start "
+            "the run again"
         )
     _, tensors, metadata = safetensors_file.read(path)
     try:

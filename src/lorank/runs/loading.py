@@ -1,6 +1,6 @@
 """A base with trained adapters on it, found from the adapters themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import AdapterError
-from ..formats import load, read
-from ..models import Base, load_base
+from ..formats import Content, load, read
+from ..models import Base, known_labels, load_base
 from ..targets import lies_in
 from .recipe import Recipe
 from .run import KEPT, RECIPE
@@ -52,25 +52,23 @@ def load_adapted(
     contents = {name: read(path) for name, path in places.items()}
     first = next(iter(contents.values()), None)
     about = dict(first.about) if first is not None else {}
-    chosen = task or about.get("task") or "causal-lm"
+    chosen = task or (first.task if first is not None else None) or "causal-lm"
     name = model or (base_of(next(iter(places.values()))) if places else None)
     if name is None:
         raise AdapterError("which base? Give --model; " + ("the adapter does not say" if places else "or an --adapter"))
     for other, content in contents.items():
-        if content.about.get("task", chosen) != chosen or content.about.get("labels") != about.get("labels"):
+        if (content.task or chosen) != chosen or content.about.get("labels") != about.get("labels"):
             raise AdapterError(
                 f"adapters {', '.join(contents)} do not go together: '{other}' is for {_purpose(content.about)}, "
                 f"the first for {_purpose(about)}"
             )
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise AdapterError(f"dtype is {dtype!r}; it must be auto, float32 or bfloat16")
     where = choose_device(device)
-    labels = about.get("labels")
+    labels = labels_of(first, name) if first is not None else None
     base = load_base(name, chosen, dtype=choose_dtype(dtype, where), labels=labels, device=where)
     for adapter, path in places.items():
-        untrained = [module for module in base.fresh if not lies_in(module, contents[adapter].copies)]
-        if untrained:
-            raise AdapterError(
-                f"the base has no weights for {', '.join(untrained)}, and adapter '{adapter}' brings none"
-            )
+        require_trained_head(base, contents[adapter].copies, f"adapter '{adapter}'")
         load(base.model, path, adapter, activate=False, allow_other_base=allow_other_base)
     torch.manual_seed(0)
     return Loaded(base, name, about | {"task": chosen}, places)
@@ -85,6 +83,25 @@ def require_trained_base(loaded: Loaded) -> None:
         )
 
 
+def require_trained_head(base: Base, copies: Iterable[str], adapter: str) -> None:
+    """Raise unless an adapter brings a copy of every module for which the base has no weights."""
+    untrained = [module for module in base.fresh if not lies_in(module, copies)]
+    if untrained:
+        raise AdapterError(f"the base has no weights for {', '.join(untrained)}, and {adapter} brings none")
+
+
+def labels_of(content: Content, base: str) -> list[str] | None:
+    """Return the names of a classifier's labels: the adapter's, or made-up ones where only their number is known.
+
+    None leaves them as the base has them.
+    """
+    if content.task != "classification" or content.about.get("labels"):
+        return content.about.get("labels") or (["LABEL_0"] if content.task == "regression" else None)
+    matrices = [tensor for copy in content.copies.values() for tensor in copy.values() if tensor.dim() == 2]
+    count = min((matrix.shape[0] for matrix in matrices), default=0)  # of a head's layers the last is the narrowest
+    return [f"LABEL_{i}" for i in range(count)] if count and count != len(known_labels(base)) else None
+
+
 def folder_of(adapter: str) -> Path:
     """Return the folder of an adapter, given it or the run that it is the result of."""
     path = Path(adapter).expanduser()
@@ -95,12 +112,12 @@ def folder_of(adapter: str) -> Path:
     return path
 
 
-def base_of(adapter: Path) -> str | None:
+def base_of(adapter: Path, *, allow_pickle: bool = False) -> str | None:
     """Return the base that an adapter was trained on: from the run that it lies in, or from its file."""
     recipe = adapter.parent / RECIPE
     if recipe.is_file():
         return Recipe.of(str(recipe)).model
-    return read(adapter).base_model
+    return read(adapter, allow_pickle=allow_pickle).base_model
 
 
 def _named(adapters: Sequence[str]) -> dict[str, Path]:
@@ -108,6 +125,8 @@ def _named(adapters: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for given in adapters:
         name, equals, path = given.partition("=")
+        if "/" in name or Path(given).exists():  # the sign belongs to the path, as in runs/lr=0.01
+            name, equals = "", ""
         folder = folder_of(path if equals else given)
         if not equals:
             resolved = folder.resolve()

@@ -1,7 +1,9 @@
 """What a run writes down: metrics.jsonl, TensorBoard's and Weights & Biases' logs, and the plot of the loss."""
 
+import io
 import json
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,26 +26,31 @@ class Metrics:
         kept = [record for record in read(folder) if record["step"] <= after] if after else []
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically({self.path: lines.encode()})
-        self._file = self.path.open("a", encoding="utf-8")
         self._board = self._run = None
-        if tensorboard:
-            board = require("torch.utils.tensorboard", "tensorboard=true") if _has_tensorboard() else None
-            assert board is not None, "its absence raises"
-            self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
         if wandb:
             library = require("wandb", "wandb=...")
             identity = folder / "wandb_id.txt"
             if not identity.is_file():
-                identity.write_text(library.util.generate_id())
-            self._run = library.init(
-                project=wandb, id=identity.read_text(), resume="allow", dir=str(folder), name=folder.name, config=config
-            )
+                identity.write_text(secrets.token_hex(4))
+            known: dict[str, Any] = {"id": identity.read_text(), "dir": str(folder), "name": folder.name}
+            try:
+                self._run = library.init(project=wandb, resume="allow", config=config, **known)
+            except library.Error as error:
+                raise AdapterError(f"cannot log to Weights & Biases: {error}") from error
+        if tensorboard:
+            board = require("torch.utils.tensorboard", "tensorboard=true")
+            self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+        self._file = self.path.open("ab", buffering=0)  # a line that could not be written is not tried again
 
     def add(self, step: int, **numbers: Any) -> None:
         """Write down numbers of a step; it is on disk when this returns."""
-        record = {"step": step, **{key: _plain(value) for key, value in numbers.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        record = {"step": step, **{key: plain(value) for key, value in numbers.items()}}
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise AdapterError(f"cannot write {self.path}: {error.strerror}") from error
         values = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
         if self._board is not None:
             for key, value in values.items():
@@ -60,12 +67,16 @@ class Metrics:
             self._run.finish()
 
 
-def _has_tensorboard() -> bool:
-    require("tensorboard", "tensorboard=true")
-    return True
+def require_libraries(tensorboard: bool, wandb: str | None) -> None:
+    """Raise AdapterError when a library that a run will write with is missing."""
+    require("matplotlib", "plotting the loss")
+    if tensorboard:
+        require("tensorboard", "tensorboard=true")
+    if wandb:
+        require("wandb", "wandb=...")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a number as JSON has it: NaN and infinities become null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -101,8 +112,10 @@ def plot(folder: Path, records: Sequence[Mapping[str, Any]], title: str) -> Path
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(folder / PLOT, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
     require("matplotlib.pyplot", "plotting the loss").close(figure)
+    write_atomically({folder / PLOT: picture.getvalue()})
     return folder / PLOT
 
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,30 @@ import torch
 from ..accounting import Memory, training_memory
 from ..data import Example, Order, Text, hold_out, open_source, rendering_of
 from ..errors import AdapterError, enumerate_names
-from ..fingerprint import fingerprint
-from ..models import Base, empty_base, heads_of, load_base, load_tokenizer, longest, recompute_activations
+from ..formats.safetensors_file import encoded
+from ..models import (
+    Base,
+    empty_base,
+    heads_of,
+    label_order,
+    load_base,
+    load_tokenizer,
+    longest,
+    recompute_activations,
+)
 from ..planning import Plan
 from ..surgery import adapt
 from ..targets import lies_in
 from ..tasks import CausalLM, Classification, Regression, Task, Tensors
 from ..tasks.base import to_device
-from ..tasks.sequence import label_names
 from ..training import TrainConfig
 from ..training.rate import suggested_rate
 from ..variants import LoRA
+from .columns import choose_columns, named_labels
 from .recipe import Recipe
 
 ADAPTER = "default"  # the adapter's name on the model of a run
+_PROBED = 4096  # numbers of each tensor that tell one base from another
 _LONGEST = 1024  # tokens, unless the recipe says otherwise
 
 
@@ -52,16 +62,27 @@ class Prepared:
         return self.base.model
 
     def data_digest(self) -> str:
-        """Return the sha256 of the encoded training examples."""
+        """Return the sha256 of the encoded examples, those to train on and the held-out ones."""
         sha = hashlib.sha256()
-        for example in self.train:
-            sha.update(example.ids.tobytes() + repr(example.labels).encode())
+        for example in [*self.train, *self.held_out]:
+            labels = example.labels.tobytes() if isinstance(example.labels, array) else repr(example.labels).encode()
+            sha.update(example.ids.tobytes() + labels + (example.types.tobytes() if example.types else b""))
         return sha.hexdigest()
 
     def base_digest(self) -> str:
-        """Return the sha256 of the fingerprints of the adapted weights."""
-        prints = [fingerprint(place.host.matrix(place.layer, place.part)).to_json() for place in self.plan.places]
-        return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+        """Return the sha256 of some of the bits of each of the base's tensors, evenly spread over it."""
+        sha = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            if ".adapters." not in name:
+                every = max(1, parameter.numel() // _PROBED)
+                probed = parameter.detach().flatten()[::every].cpu().contiguous()
+                sha.update(f"{name} {tuple(parameter.shape)}".encode() + encoded(probed))
+        return sha.hexdigest()
+
+    def recipe_digest(self) -> str:
+        """Return the sha256 of the recipe, but for where things are: they have digests of their own."""
+        moved = dict.fromkeys(("model", "data", "eval_data", "output"), "-")
+        return hashlib.sha256(dataclasses.replace(self.recipe, **moved).to_yaml().encode()).hexdigest()
 
     def largest_batch(self) -> list[Example]:
         """Return the longest examples that can come together in a batch."""
@@ -76,16 +97,18 @@ def prepare(recipe: Recipe) -> Prepared:
     records = open_source(recipe.data, recipe.split, recipe.limit)
     recipe = choose_columns(recipe, records)
     held = open_source(recipe.eval_data, recipe.eval_split, recipe.eval_limit) if recipe.eval_data else None
+    classes = recipe.label if recipe.task == "classification" else None
+    records, names = named_labels(records, classes)
+    held, _ = named_labels(held, classes)
+    if names is not None:
+        names = label_order(recipe.model, names)
     if held is None and recipe.eval_share:
         records, held = hold_out(records, recipe.eval_share, recipe.seed, recipe.eval_limit or 1000)
         remarks.append(f"held out {len(held):,} of {len(held) + len(records):,} records for evaluation (eval_share)")
-    records, held = _named_labels(records, recipe.label), _named_labels(held, recipe.label)
-    classes = recipe.label if recipe.task == "classification" else None
-    names = label_names(records[classes], classes) if classes else None
     task = make_task(recipe, tokenizer, names)
     train, held_out = task.examples(records), task.examples(held) if held is not None else []
 
-    _seed_everything(recipe.seed)
+    seed_everything(recipe.seed)
     dtype = choose_dtype(recipe.dtype, device)
     base = load_base(recipe.model, recipe.task, dtype=dtype, labels=names, tokenizer=tokenizer)
     task.max_length = recipe.max_length or min(longest(base.model, tokenizer), _LONGEST)
@@ -101,6 +124,9 @@ def prepare(recipe: Recipe) -> Prepared:
     recipe, config = _schedule(recipe, order, base, remarks)
     recipe = dataclasses.replace(
         recipe,
+        model=_from_anywhere(recipe.model),
+        data=_from_anywhere(recipe.data),
+        eval_data=recipe.eval_data and _from_anywhere(recipe.eval_data),
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         device=str(device),
         max_length=task.max_length,
@@ -187,70 +213,10 @@ def make_task(recipe: Recipe, tokenizer: Any, labels: Sequence[str] | None) -> T
     return Classification(*parts, labels=labels or (), label_smoothing=recipe.label_smoothing)
 
 
-def choose_columns(recipe: Recipe, records: Any) -> Recipe:
-    """Return the recipe with its task and columns filled in from the names of the columns."""
-    columns = set(records.column_names)
-    given = {
-        name for name in ("messages", "prompt", "completion", "text", "text_pair", "label") if getattr(recipe, name)
-    }
-    usual_text = next((name for name in ("text", "sentence") if name in columns), None)
-    filled: dict[str, Any] = {}
-    task = recipe.task
-    if task == "auto":
-        if given & {"messages", "prompt", "completion"}:
-            task = "causal-lm"
-        elif given & {"label", "text_pair"} or ("label" in columns and (usual_text or recipe.text)):
-            task = "regression" if _is_continuous(records, recipe.label or "label") else "classification"
-        elif recipe.text or "messages" in columns or {"prompt", "completion"} <= columns or usual_text:
-            task = "causal-lm"
-    if task == "causal-lm":
-        if not given:
-            if "messages" in columns:
-                filled["messages"] = "messages"
-            elif {"prompt", "completion"} <= columns:
-                filled |= {"prompt": "prompt", "completion": "completion"}
-            elif usual_text:
-                filled["text"] = usual_text
-        elif given & {"prompt", "completion"}:
-            filled = {name: name for name in ("prompt", "completion") if name not in given and name in columns}
-        chosen = bool(given or filled)
-    else:
-        filled = {"text": recipe.text or usual_text, "label": recipe.label or ("label" if "label" in columns else None)}
-        chosen = all(filled.values())
-    if task == "auto" or not chosen:
-        wanted = {
-            "auto": "messages, prompt and completion, text, or text and label",
-            "causal-lm": "messages, prompt and completion, or text",
-        }.get(task, "text and label")
-        raise AdapterError(
-            f"the data has the columns {', '.join(records.column_names)}; say which of them are {wanted}, "
-            "for instance --prompt question --completion answer"
-        )
-    return dataclasses.replace(recipe, task=task, **filled)
-
-
-def _is_continuous(records: Any, column: str) -> bool:
-    """Tell whether labels are numbers of which some are not whole."""
-    if column not in records.column_names:
-        return False  # told later, with the names that there are
-    found = False
-    for value in records.unique(column):
-        try:
-            found |= not float(value).is_integer()
-        except (TypeError, ValueError):
-            return False
-    return found
-
-
-def _named_labels(records: Any, column: Any) -> Any:
-    """Return records whose labels are names where the data set has names for its numbers."""
-    if records is None or column not in records.features:
-        return records
-    feature = records.features[column]
-    if not hasattr(feature, "int2str"):
-        return records
-    names = [feature.int2str(number) for number in records[column]]
-    return records.remove_columns([column]).add_column(column, names)
+def _from_anywhere(name: str) -> str:
+    """Return a path as one that holds in any working directory; a hub id stays as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -289,6 +255,8 @@ def _schedule(recipe: Recipe, order: Order, base: Base, remarks: list[str]) -> t
         config = getattr(base.model.config, "get_text_config", lambda: base.model.config)()
         alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
         scale = alpha / (math.sqrt(recipe.rank) if recipe.rank_stabilised else recipe.rank)
+        if not isinstance(getattr(config, "hidden_size", None), int):
+            raise AdapterError("no learning rate can be suggested for this model: it has no hidden_size; give one")
         rate = suggested_rate(config.hidden_size, scale)
         remarks.append(
             f"learning_rate {rate:g} is a suggestion, from the width {config.hidden_size} and the scale {scale:g}: "
@@ -314,6 +282,7 @@ def _schedule(recipe: Recipe, order: Order, base: Base, remarks: list[str]) -> t
     return dataclasses.replace(recipe, **filled, checkpoint_every=checkpoint_every), config
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Seed Python's and PyTorch's random generators."""
     random.seed(seed)
     torch.manual_seed(seed)

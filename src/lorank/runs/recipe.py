@@ -1,6 +1,7 @@
 """Recipe: everything that says how a run is made. Its fields are the keys of a YAML file and the flags of `train`."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -148,13 +149,19 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
             )
         name = name.strip().replace("-", "_")
         if get_type_hints(Recipe).get(name) in (str, str | None):
-            found[name] = None if text == "null" else text.replace("\\n", "\n")
+            found[name] = None if text == "null" else as_typed(name, text)
             continue
         try:
             found[name] = yaml.safe_load(text) if text else None
         except yaml.YAMLError:
             found[name] = text  # a list of targets has brackets and stars that mean something else in YAML
     return found
+
+
+def as_typed(name: str, value: Any) -> Any:
+    """Return a value as it was meant on a command line: a shell passes the \\n of a template on as two signs."""
+    templates = ("prompt", "completion", "text", "text_pair", "system")
+    return value.replace("\\n", "\n") if name in templates and isinstance(value, str) else value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -202,9 +209,11 @@ def _as(kind: Any, value: Any) -> Any:
             value = float(value)
         except ValueError:
             return _WRONG
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return _WRONG
     if kind is int:
-        return int(value) if isinstance(value, int | float) and value == int(value) else _WRONG
-    return float(value) if isinstance(value, int | float) else _WRONG
+        return int(value) if value == int(value) else _WRONG
+    return float(value)
 
 
 def _split(text: str) -> list[str]:

@@ -25,7 +25,7 @@ from ..tasks.base import evaluating, to_device
 from ..training import TrainState, train
 from ..version import __version__
 from . import checkpoint, metrics
-from .prepare import ADAPTER, Prepared
+from .prepare import ADAPTER, Prepared, seed_everything
 from .recipe import Recipe
 
 RECIPE, FACTS, KEPT = "recipe.yaml", "run.json", "adapter"
@@ -85,11 +85,13 @@ class Run:
         self.progress = checkpoint.Progress(
             data=prepared.data_digest(),
             base=prepared.base_digest(),
+            recipe=prepared.recipe_digest(),
             threads=torch.get_num_threads(),
             device=str(prepared.device),
             torch=torch.__version__,
         )
         self.remarks: list[str] = []
+        metrics.require_libraries(self.recipe.tensorboard, self.recipe.wandb)
         if resume:
             self._take_up()
         else:
@@ -104,8 +106,10 @@ class Run:
         recipe, model, config = self.recipe, self.prepared.model, self.prepared.config
         assert config.steps is not None and recipe.eval_every and recipe.checkpoint_every, "chosen in prepare"
         if self.state.step >= config.steps:
-            yield Stopped(self.state.step, True, self.progress.best, self.progress.seconds)
+            yield self._finish()  # again: it may have been killed after its last checkpoint
             return
+        if self.state.step == 0:
+            seed_everything(recipe.seed)  # whatever else was drawn since the run was prepared
         log = metrics.Metrics(
             self.folder,
             after=self.state.step,
@@ -142,8 +146,10 @@ class Run:
                 last = step.index == config.steps
                 if self.prepared.held_out and (last or step.index % recipe.eval_every == 0):
                     yield self._evaluate(log)
-                if last and not self.prepared.held_out:
+                if last and not self.progress.best:
                     self._keep()
+                    if self.prepared.held_out:
+                        self.remarks.append(f"no evaluation had a number for '{self._best}': the last adapter was kept")
                 if last or self.stopping or step.index % recipe.checkpoint_every == 0:
                     checkpoint.write(self.folder, model, ADAPTER, self.state, self.progress)
                 if self.stopping and not last:
@@ -151,12 +157,22 @@ class Run:
                 began = time.perf_counter()
         finally:
             log.close()
-        done = self.state.step >= config.steps
-        metrics.plot(self.folder, metrics.read(self.folder), self.folder.name)
-        self._write_facts({"steps_done": self.state.step, "best": self.progress.best, "seconds": self.progress.seconds})
-        yield Stopped(self.state.step, done, self.progress.best, self.progress.seconds)
+        yield self._finish()
 
     _tokens = 0  # read since the last step
+
+    @property
+    def _best(self) -> str:
+        """The score by which adapters are compared."""
+        return self.recipe.best or self.prepared.task.best[0]
+
+    def _finish(self) -> Stopped:
+        """Draw the loss and write down the result."""
+        step, best, seconds = self.state.step, self.progress.best, self.progress.seconds
+        metrics.plot(self.folder, metrics.read(self.folder), self.folder.name)
+        numbers = {key: metrics.plain(value) for key, value in best.items()}
+        self._write_facts({"steps_done": step, "best": numbers, "seconds": seconds})
+        return Stopped(step, step >= (self.prepared.config.steps or 0), best, seconds)
 
     def _batches(self) -> Iterator[Tensors]:
         examples, task = self.prepared.train, self.prepared.task
@@ -178,11 +194,10 @@ class Run:
             scores = prepared.task.measure(prepared.model, (to_device(batch, prepared.device) for batch in collated))
         step = self.state.step
         log.add(step, **{f"eval_{name}": value for name, value in scores.items()})
-        name = self.recipe.best or prepared.task.best[0]
-        before = self.progress.best.get(name)
-        lower = name in ("loss", "perplexity")
-        better = before is None or (scores[name] < before if lower else scores[name] > before)
-        if step and better and scores[name] == scores[name]:  # NaN is not better
+        score, before = scores[self._best], self.progress.best.get(self._best)
+        lower = self._best in ("loss", "perplexity")
+        better = before is None or (score < before if lower else score > before)
+        if step and better and score == score:  # NaN is not better
             self.progress.best = {"step": step, **scores}
             self._keep()
             return Evaluated(step, scores, True)
@@ -194,7 +209,9 @@ class Run:
         save(self.prepared.model, self.folder / KEPT, ADAPTER, about=about)
 
     def _make_folder(self) -> None:
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if self.folder.exists() and not self.folder.is_dir():
+            raise AdapterError(f"{self.folder} is no folder; output= names another")
+        if self.folder.exists() and any(self.folder.iterdir()):
             again = f"; lorank train --resume {self.folder} goes on with it" if (self.folder / RECIPE).is_file() else ""
             raise AdapterError(f"the folder {self.folder} is not empty{again}; output= names another")
         try:
@@ -207,11 +224,11 @@ class Run:
     def _take_up(self) -> None:
         """Put the checkpoint's values into the prepared run; raises AdapterError when it was another's."""
         adapter, self.state, found = checkpoint.read(self.folder)
-        other = [what for what in ("data", "base") if getattr(found, what) != getattr(self.progress, what)]
+        other = [what for what in ("data", "base", "recipe") if getattr(found, what) != getattr(self.progress, what)]
         if other:
             raise AdapterError(
                 f"cannot resume {self.folder}: the {' and the '.join(other)} changed since it began; "
-                "start a new run, or put back what it was trained on"
+                "start a new run with another output, or put back what it began with"
             )
         changed = [
             f"{what} {getattr(found, what)} then, {getattr(self.progress, what)} now"
@@ -222,6 +239,11 @@ class Run:
             self.remarks.append(f"the last digits will differ from an uninterrupted run: {enumerate_names(changed)}")
         checkpoint.restore(self.prepared.model, ADAPTER, adapter)
         self.progress = found
+        for folder in (self.folder, self.folder / KEPT):
+            for partial in folder.glob(".*.partial"):  # of a write that was killed
+                partial.unlink()
+        if self.state.step >= (self.prepared.config.steps or 0):
+            self.remarks.append(f"all {self.state.step:,} steps of this run are done; nothing is left to train")
 
     def _write_facts(self, result: dict[str, Any]) -> None:
         prepared = self.prepared

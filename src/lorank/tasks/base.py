@@ -63,20 +63,28 @@ class Task(ABC):
         return []
 
     def cut(self, examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
-        """Return the examples cut to `max_length`, without those that then have nothing to train on, and remarks."""
-        long = [example for example in examples if len(example.ids) > self.max_length]
-        if not long:
-            return list(examples), []
-        kept = [
-            example if len(example.ids) <= self.max_length else self._shortened(example, self.max_length)
-            for example in examples
-        ]
-        useful = [example for example in kept if _has_label(example)]
-        remark = f"{len(long):,} of {len(examples):,} examples are longer than {self.max_length} tokens and were cut"
-        lost = len(kept) - len(useful)
-        if lost:
-            remark += f"; {lost:,} of them have no trained token left and were left out"
-        return useful, [f"{remark} (the longest has {max(len(e.ids) for e in long):,}; max_length sets the limit)"]
+        """Return the examples cut to `max_length`, without those that have nothing to train on, and remarks."""
+        remarks = []
+        useful = [example for example in examples if _has_label(example)]
+        empty = len(examples) - len(useful)
+        if empty:
+            remarks.append(f"{empty:,} of {len(examples):,} examples have no token to train on and were left out")
+        long = [example for example in useful if len(example.ids) > self.max_length]
+        if long:
+            cut = [
+                example if len(example.ids) <= self.max_length else self._shortened(example, self.max_length)
+                for example in useful
+            ]
+            useful = [example for example in cut if _has_label(example)]
+            remark = (
+                f"{len(long):,} of {len(examples):,} examples are longer than {self.max_length} tokens and were cut"
+            )
+            lost = len(cut) - len(useful)
+            if lost:
+                remark += f"; {lost:,} of them have no trained token left and were left out"
+            longest = max(len(example.ids) for example in long)
+            remarks.append(f"{remark} (the longest has {longest:,}; max_length sets the limit)")
+        return useful, remarks
 
     def _shortened(self, example: Example, length: int) -> Example:
         labels = example.labels[:length] if isinstance(example.labels, array) else example.labels

@@ -154,7 +154,14 @@ class Regression(_Sequence):
 
 def label_names(values: Iterable[Any], column: str) -> list[str]:
     """Return the different labels of a column in a fixed order: numbers by size, texts by the alphabet."""
-    names = {str(value) for value in values}
+    names = set()
+    for value in values:
+        if isinstance(value, list | dict):
+            raise AdapterError(
+                f"column '{column}' holds a {type(value).__name__} where one label is needed: {value!r:.80}"
+            )
+        if value is not None:  # `columns_of` says where
+            names.add(str(value))
     if len(names) < 2:
         raise AdapterError(f"column '{column}' has one label, {enumerate_names(names)}: there is nothing to tell apart")
     if len(names) > _MOST_LABELS:

@@ -31,6 +31,8 @@ class TrainState:
         missing = {"step", "random.torch", "random.python"} - stored.keys()
         if missing:
             raise AdapterError(f"this is no state of a training: it lacks {', '.join(sorted(missing))}")
+        if stored["step"].numel() != 1:
+            raise AdapterError(f"this is no state of a training: its step has the shape {tuple(stored['step'].shape)}")
         state = TrainState()
         state.step, state._stored = int(stored["step"]), dict(stored)
         return state
@@ -51,32 +53,47 @@ class TrainState:
         return found
 
     def attach(self, optimiser: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
-        """Take up an optimiser; what was stored is put into it and into the random generators."""
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in self._stored.items():
-            if key.startswith("optimiser."):
-                _, index, name = key.split(".")
-                moments.setdefault(int(index), {})[name] = tensor
+        """Take up an optimiser; what there is of an earlier one is put into it and into the random generators."""
         if self.step:
+            stored = self.tensors()
+            moments = _moments(stored)
             shapes = {index: tuple(found["exp_avg"].shape) for index, found in moments.items()}
             wrong = [i for i, shape in shapes.items() if i >= len(trained) or shape != tuple(trained[i].shape)]
-            if wrong or not moments:
+            if wrong or len(moments) != len(trained):
                 raise AdapterError(
                     f"the stored state belongs to other parameters: {len(moments)} then, {len(trained)} now"
                     + (f", and number {wrong[0]} had the shape {shapes[wrong[0]]}" if wrong else "")
                 )
+            _restore_random(stored)
             optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
-            self._restore_random()
         self._optimiser, self._stored = optimiser, {}
 
-    def _restore_random(self) -> None:
-        torch.set_rng_state(self._stored["random.torch"].cpu())
-        numbers = self._stored["random.python"].tolist()
-        version, values = int(numbers[0]), tuple(int(number) for number in numbers[1:])
-        random.setstate((version, values, None))
-        generators = sorted(key for key in self._stored if key.startswith("random.cuda."))
-        if generators and torch.cuda.device_count() == len(generators):
-            torch.cuda.set_rng_state_all([self._stored[f"random.cuda.{i}"].cpu() for i in range(len(generators))])
+
+def _moments(stored: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Return copies of an optimiser's moments by the number of the parameter; the stored ones stay as they are."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in stored.items():
+        kind, _, rest = key.partition(".")
+        index, _, name = rest.partition(".")
+        if kind == "optimiser" and index.isdecimal():
+            moments.setdefault(int(index), {})[name] = tensor.clone()
+    unknown = [index for index, found in moments.items() if found.keys() != {"step", "exp_avg", "exp_avg_sq"}]
+    if unknown:
+        names = ", ".join(sorted(moments[unknown[0]]))
+        raise AdapterError(f"the stored state is not AdamW's: of parameter {unknown[0]} it has {names}")
+    return moments
+
+
+def _restore_random(stored: dict[str, Tensor]) -> None:
+    try:
+        version, *values = stored["random.python"].tolist()
+        random.setstate((version, tuple(values), None))
+        torch.set_rng_state(stored["random.torch"].cpu())
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise AdapterError(f"the stored state's random generators cannot be set: {error}") from None
+    generators = sorted(key for key in stored if key.startswith("random.cuda."))
+    if generators and torch.cuda.device_count() == len(generators):
+        torch.cuda.set_rng_state_all([stored[f"random.cuda.{i}"].cpu() for i in range(len(generators))])
 
 
 def _python_random() -> Tensor:

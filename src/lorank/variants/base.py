@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -74,14 +74,15 @@ class Spec(ABC):
         """Return a new adapter for one part of a layer, on the layer's device unless another is given."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values, with the variant's name."""
-        fields = {k: dtype_name(v) if isinstance(v, torch.dtype) else v for k, v in asdict(self).items()}
-        return {"variant": self.variant, **fields}
+        """Return the fields as plain JSON values, with the variant's name; equal specs give equal texts."""
+        named = {k: dtype_name(v) if isinstance(v, torch.dtype) else v for k, v in asdict(self).items()}
+        fractions = {field.name: float(named[field.name]) for field in fields(self) if field.type is float}
+        return {"variant": self.variant, **named, **fractions}
 
     @staticmethod
-    def from_json(fields: dict[str, Any]) -> "Spec":
+    def from_json(stored: dict[str, Any]) -> "Spec":
         """Return the spec that `to_json` described; raises AdapterError for an unknown variant or field."""
-        values = dict(fields)
+        values = dict(stored)
         name = values.pop("variant", None)
         if name not in _VARIANTS:
             raise AdapterError(f"unknown variant {name!r}; this lorank knows {', '.join(sorted(_VARIANTS))}")

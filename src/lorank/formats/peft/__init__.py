@@ -58,8 +58,7 @@ def read(path: Path, names: Names | None, allow_pickle: bool = False) -> Content
     if account is not None:
         apply_account(account, content, names)
     content.base_model = config.get("base_model_name_or_path") or None
-    if "task" not in content.about and config.get("task_type") in _TASKS:
-        content.about["task"] = _TASKS[config["task_type"]]
+    content.task = content.about.get("task") or _TASKS.get(config.get("task_type") or "")
     content.problems[:0] = problems
     content.remarks += remarks
     return content
