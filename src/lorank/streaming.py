@@ -14,7 +14,7 @@ from .adapted import base_modules
 from .checkpoints import Checkpoint, Slot, appearing_whole, copy_companions, write_index, write_shard
 from .errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
 from .fingerprint import Comparison, compare
-from .formats.content import Content, LayerUpdate, factor_problems, locate, other_base
+from .formats.content import Content, LayerUpdate, factor_problems, located, other_base
 from .hosts import Host
 from .lowrank import delta
 from .merging import MergeReport, MergeRow, fold, warn_of_rounding, wide
@@ -114,12 +114,7 @@ def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job
     job = _Job(model, _written_as(checkpoint.names, own, prefix))
     present = set(job.written_as.values())
     problems = list(content.problems)
-    for layer_name, update in content.updates.items():
-        try:
-            canonical, host = locate(layer_name, update, names)
-        except AdapterError as error:
-            problems.append(str(error))
-            continue
+    for canonical, host, update in located(content, names, problems):
         layer = names.modules[canonical]
         for part, (A, B) in update.factors.items():
             problems += factor_problems(Place(canonical, part, layer, host, update.spec, host.shape(layer, part)), A, B)

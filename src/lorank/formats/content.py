@@ -1,6 +1,7 @@
 """What an adapter file says, apart from how its format says it; taken from a model, and put on one."""
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -140,16 +141,8 @@ def _fit_updates(
     """Build the low-rank updates into `parts`, {layer: {part: adapter}}."""
     places: list[Place] = []
     compared: dict[str, Comparison] = {}
-    for layer_name, update in content.updates.items():
-        try:
-            canonical, host = locate(layer_name, update, names)
-        except AdapterError as error:
-            problems.append(str(error))
-            continue
+    for canonical, host, update in located(content, names, problems):
         layer = names.modules[canonical]
-        if canonical in parts:
-            problems.append(f"the file adapts {canonical} twice, under two of its names")
-            continue
         for part, (A, B) in update.factors.items():
             place = Place(canonical, part, layer, host, update.spec, host.shape(layer, part))
             wrong = factor_problems(place, A, B)
@@ -191,7 +184,23 @@ def _fit_biases(
     return biases
 
 
-def locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
+def located(content: Content, names: Names, problems: list[str]) -> Iterator[tuple[str, Host, LayerUpdate]]:
+    """Yield each update with its layer's first name and host; why one has no place goes into `problems`."""
+    seen: set[str] = set()
+    for name, update in content.updates.items():
+        try:
+            canonical, host = _locate(name, update, names)
+        except AdapterError as error:
+            problems.append(str(error))
+            continue
+        if canonical in seen:
+            problems.append(f"the file adapts {canonical} twice, under two of its names")
+            continue
+        seen.add(canonical)
+        yield canonical, host, update
+
+
+def _locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
     """Return the layer's first name and its host, the parts' host when the update is by parts."""
     if name not in names.modules:
         raise AdapterError(f"the file adapts {name}, which this model has not; {did_you_mean(name, names.modules)}")

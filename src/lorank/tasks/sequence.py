@@ -1,5 +1,6 @@
 """Sequence classification and regression: one label, or one number, for one or two texts."""
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -50,9 +51,9 @@ class _Sequence(Task):
         types = None if example.types is None else example.types[: length - 1] + example.types[-1:]
         return Example(ids, example.labels, types)
 
+    @abstractmethod
     def target(self, value: Any) -> float:
         """Return a record's label as a number; raises AdapterError for one that is none."""
-        raise NotImplementedError
 
     def outputs(self, model: nn.Module, batch: Tensors) -> Tensor:
         """Return the model's outputs (records, labels) in float32."""
