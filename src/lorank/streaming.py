@@ -106,56 +106,36 @@ def _dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and own.is_floating_point else own
 
 
+@dataclass(frozen=True)
+class _Places:
+    """What there is to put something into."""
+
+    own: dict[str, Tensor]  # the model's tensors by name
+    present: set[str]  # of these, the ones that the checkpoint has
+    names: Names
+    ties: Ties
+
+    def aliases(self, key: str) -> set[str]:
+        """Return a tensor's names: a tied weight is in the checkpoint under one of them."""
+        return {key, *_tied(key, self.own, self.names, self.ties)}
+
+
 def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job:
     """Find each of the adapter's places in the checkpoint; raises AdapterError that lists all that is wrong."""
-    names, ties = Names(model), Ties(model)
     own = _tensor_names(model)
     prefix = getattr(model, "base_model_prefix", "")
     job = _Job(model, _written_as(checkpoint.names, own, prefix))
-    present = set(job.written_as.values())
+    places = _Places(own, set(job.written_as.values()), Names(model), Ties(model))
     problems = list(content.problems)
-    for canonical, host, update in located(content, names, problems):
-        layer = names.modules[canonical]
-        for part, (A, B) in update.factors.items():
-            problems += factor_problems(Place(canonical, part, layer, host, update.spec, host.shape(layer, part)), A, B)
-        key = f"{canonical}.weight"
-        others = ties.others(layer, host.weight(layer))
-        if others:
-            problems.append(f"{canonical} shares its weight with {', '.join(others)}, which merging would change too")
-        if key not in present:
-            problems.append(
-                f"the checkpoint has no {key}; {did_you_mean(key, present)}. Where it keeps weights under other names "
-                "or stacked, --in-memory merges in the loaded model"
-            )
-        job.updates[key] = (canonical, host, update)
-    for layer_name, bias in content.biases.items():
-        job.values[f"{layer_name}.bias"] = bias
-    for copy, tensors in content.copies.items():
-        for key, tensor in tensors.items():
-            job.values[f"{copy}.{key}"] = tensor
-    problems += _shared(content, names, ties)
-    problems += [f"the adapter brings {key}, for which this model has no place" for key in job.values if key not in own]
-    problems += [
-        f"{key} is {tuple(tensor.shape)} in the adapter, the model needs {tuple(own[key].shape)}"
-        for key, tensor in job.values.items()
-        if key in own and own[key].shape != tensor.shape
-    ]
-    for key, tensor in content.base.items():
-        if key not in own:
-            problems.append(f"the file has {key}, for which this model has no place; {did_you_mean(key, own)}")
-        elif own[key].shape != tensor.shape:
-            problems.append(
-                f"the file brings the base's {key} as {tuple(tensor.shape)}, the model needs {tuple(own[key].shape)}: "
-                "another base, or one with another vocabulary (resize_token_embeddings)"
-            )
-        else:  # a tied weight is in the checkpoint under one of its names
-            for name in {key, *_tied(key, own, names, ties)} & present:
-                job.brought.setdefault(name, []).append(tensor)
+    problems += _find_updates(job, content, places)
+    problems += _find_values(job, content, places)
+    problems += _find_brought(job, content, places)
+    present = places.present | job.values.keys()
     lacking = {
         key.rpartition(".")[0]
         for key, tensor in own.items()
         if isinstance(tensor, nn.Parameter) and prefix and not key.startswith(f"{prefix}.")
-        if not {key, *_tied(key, own, names, ties)} & (present | job.values.keys())
+        if not places.aliases(key) & present
     }
     problems += [
         f"the checkpoint has no weights for {name}, and the adapter brings none; where it keeps them under other "
@@ -167,9 +147,59 @@ def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job
     raise_problems("cannot merge", list(dict.fromkeys(problems)))
     needed = {key for key, tensor in own.items() if isinstance(tensor, nn.Parameter)}
     architectures = checkpoint.config.get("architectures") or []
-    if type(model).__name__ not in architectures and needed <= present | job.values.keys():
+    if type(model).__name__ not in architectures and needed <= present:
         job.written_as = {key: name for key, name in job.written_as.items() if name in own}  # not another task's head
     return job
+
+
+def _find_updates(job: _Job, content: Content, places: _Places) -> list[str]:
+    """Put the low-rank updates into the job, by the weight that each changes; return what is wrong."""
+    problems: list[str] = []
+    for name, host, update in located(content, places.names, problems):
+        layer, key = places.names.modules[name], f"{name}.weight"
+        for part, (A, B) in update.factors.items():
+            problems += factor_problems(Place(name, part, layer, host, update.spec, host.shape(layer, part)), A, B)
+        others = places.ties.others(layer, host.weight(layer))
+        if others:
+            problems.append(f"{name} shares its weight with {', '.join(others)}, which merging would change too")
+        if key not in places.present:
+            problems.append(
+                f"the checkpoint has no {key}; {did_you_mean(key, places.present)}. Where it keeps weights under other "
+                "names or stacked, --in-memory merges in the loaded model"
+            )
+        job.updates[key] = (name, host, update)
+    return problems
+
+
+def _find_values(job: _Job, content: Content, places: _Places) -> list[str]:
+    """Put biases and copies into the job: they are written as they are; return what is wrong."""
+    own = places.own
+    job.values |= {f"{layer}.bias": bias for layer, bias in content.biases.items()}
+    job.values |= {f"{copy}.{key}": t for copy, tensors in content.copies.items() for key, t in tensors.items()}
+    problems = _shared(content, places.names, places.ties)
+    problems += [f"the adapter brings {key}, for which this model has no place" for key in job.values if key not in own]
+    return problems + [
+        f"{key} is {tuple(tensor.shape)} in the adapter, the model needs {tuple(own[key].shape)}"
+        for key, tensor in job.values.items()
+        if key in own and own[key].shape != tensor.shape
+    ]
+
+
+def _find_brought(job: _Job, content: Content, places: _Places) -> list[str]:
+    """Put tensors of the base that came along into the job, to be compared; return what is wrong."""
+    own, problems = places.own, []
+    for key, tensor in content.base.items():
+        if key not in own:
+            problems.append(f"the file has {key}, for which this model has no place; {did_you_mean(key, own)}")
+        elif own[key].shape != tensor.shape:
+            problems.append(
+                f"the file brings the base's {key} as {tuple(tensor.shape)}, the model needs {tuple(own[key].shape)}: "
+                "another base, or one with another vocabulary (resize_token_embeddings)"
+            )
+        else:
+            for name in places.aliases(key) & places.present:
+                job.brought.setdefault(name, []).append(tensor)
+    return problems
 
 
 def _tied(key: str, own: dict[str, Tensor], names: Names, ties: Ties) -> list[str]:

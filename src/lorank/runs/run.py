@@ -22,7 +22,7 @@ from ..health import Watch
 from ..surgery import adapter_parameters
 from ..tasks import Tensors
 from ..tasks.base import evaluating, to_device
-from ..training import TrainState, train
+from ..training import Step, TrainState, train
 from ..version import __version__
 from . import checkpoint, metrics
 from .prepare import ADAPTER, Prepared, seed_everything
@@ -127,22 +127,7 @@ class Run:
                 adapter_parameters(model, ADAPTER), self._loss, self._batches(), config, state=self.state
             ):
                 self.remarks += watch()
-                seconds = time.perf_counter() - began
-                self.progress.seconds += seconds
-                speed = self._tokens / seconds
-                self.progress.tokens, self._tokens = self.progress.tokens + self._tokens, 0
-                loss, memory = float(step.loss), peak_memory(self.prepared.device)
-                log.add(
-                    step.index,
-                    loss=loss,
-                    learning_rate=step.learning_rate,
-                    grad_norm=float(step.grad_norm),
-                    trained=step.weight,
-                    tokens_per_second=round(speed, 1),
-                    seconds=round(self.progress.seconds, 3),
-                    memory=memory,
-                )
-                yield Trained(step.index, config.steps, loss, step.learning_rate, speed, memory)
+                yield self._note(step, time.perf_counter() - began, log)
                 last = step.index == config.steps
                 if self.prepared.held_out and (last or step.index % recipe.eval_every == 0):
                     yield self._evaluate(log)
@@ -160,6 +145,23 @@ class Run:
         yield self._finish()
 
     _tokens = 0  # read since the last step
+
+    def _note(self, step: Step, seconds: float, log: metrics.Metrics) -> Trained:
+        """Write down the numbers of a step."""
+        speed, memory, loss = self._tokens / seconds, peak_memory(self.prepared.device), float(step.loss)
+        self.progress.seconds += seconds
+        self.progress.tokens, self._tokens = self.progress.tokens + self._tokens, 0
+        log.add(
+            step.index,
+            loss=loss,
+            learning_rate=step.learning_rate,
+            grad_norm=float(step.grad_norm),
+            trained=step.weight,
+            tokens_per_second=round(speed, 1),
+            seconds=round(self.progress.seconds, 3),
+            memory=memory,
+        )
+        return Trained(step.index, self.prepared.config.steps or 0, loss, step.learning_rate, speed, memory)
 
     @property
     def _best(self) -> str:
