@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .data import padding_id
 from .errors import AdapterError, enumerate_names
 from .extras import require
 
@@ -83,27 +84,37 @@ def padding_of_classifier(config: Any, tokenizer: Any) -> int | None:
     """
     if type(config) in require("transformers", "loading a model").MODEL_FOR_MASKED_LM_MAPPING:
         return None
-    return (tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id) or 0
+    return padding_id(tokenizer)
 
 
 def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels: int = 2) -> Any:
     """Return a base on the meta device, from its configuration alone."""
+    config = _configuration(name)
+    if task != "causal-lm":
+        config.num_labels = 1 if task == "regression" else labels
+    cls = getattr(require("transformers", "building a model"), _CLASSES[task])
+    with _reading(name), _quiet(), torch.device("meta"):
+        return cls.from_config(config, dtype=dtype or torch.float32).eval()
+
+
+def _configuration(name: str) -> Any:
     transformers = require("transformers", "reading a model's configuration")
     source, gguf = _location(name)
     with _reading(name), _quiet():
-        config = transformers.AutoConfig.from_pretrained(source, **({"gguf_file": gguf} if gguf else {}))
-        if task != "causal-lm":
-            config.num_labels = 1 if task == "regression" else labels
-        with torch.device("meta"):
-            return getattr(transformers, _CLASSES[task]).from_config(config, dtype=dtype or torch.float32).eval()
+        return transformers.AutoConfig.from_pretrained(source, **({"gguf_file": gguf} if gguf else {}))
+
+
+def task_of(name: str) -> str | None:
+    """Return what a base is for when its configuration says that it is a classifier or a regression."""
+    config = _configuration(name)
+    if not any(text.endswith("ForSequenceClassification") for text in config.architectures or ()):
+        return None
+    return "regression" if config.num_labels == 1 else "classification"
 
 
 def known_labels(name: str) -> list[str]:
     """Return the names of the labels in a base's configuration: LABEL_0, ... where nobody gave them names."""
-    transformers = require("transformers", "reading a model's configuration")
-    source, gguf = _location(name)
-    with _reading(name), _quiet():
-        config = transformers.AutoConfig.from_pretrained(source, **({"gguf_file": gguf} if gguf else {}))
+    config = _configuration(name)
     return [config.id2label[i] for i in range(config.num_labels)] if config.id2label else []
 
 

@@ -218,3 +218,23 @@ def test_a_run_knows_its_base_and_a_path_may_hold_a_sign_of_equality(causal: Pat
     assert [row["adapter"] for row in found["scores"]] == ["lr=0_01"]
     named = run_json("eval", "--adapter", f"mine={folder}", "--data", pairs)
     assert [row["adapter"] for row in named["scores"]] == ["mine"]
+
+
+def test_each_adapter_reads_the_records_as_it_was_trained(causal: Path, tmp_path: Path) -> None:
+    records = write_records(tmp_path / "r.jsonl", [{"q": f"what is {i}", "a": " four"} for i in range(4)])
+    forms = ({"prompt": "q", "completion": "a"}, {"prompt": "Q: {q}\n", "completion": "a"})
+    folders = [
+        causal_adapter(causal, tmp_path / f"n{i}", {"task": "causal-lm", **form}, seed=i)
+        for i, form in enumerate(forms)
+    ]
+    alone = [
+        run_json("eval", "--model", causal, "--adapter", one, "--data", records)["scores"][0]["loss"] for one in folders
+    ]
+    for order in ((0, 1), (1, 0)):
+        words = [word for i in order for word in ("--adapter", folders[i])]
+        found = run_json("eval", "--model", causal, *words, "--data", records)["scores"]
+        assert [row["loss"] for row in found] == pytest.approx([alone[i] for i in order])
+
+
+def test_an_unknown_task_is_told(causal: Path, pairs: Path) -> None:
+    refused("task is 'foo'; it must be causal-lm", "eval", "--model", causal, "--data", pairs, "--task", "foo")

@@ -84,7 +84,7 @@ def test_a_file_is_answered_in_its_order(batch_size: int, base: Path, adapters: 
     assert found.stdout == "" and f"5 records written to {tmp_path / 'text.jsonl'}" in found.stderr
     run(*words, "--file", data, "--out", tmp_path / "data.jsonl", "--limit", 4)
     for i, record in enumerate(records_in(tmp_path / "text.jsonl")):
-        assert record == {"text": PROMPTS[i], "outputs": {name: texts[i] for name, texts in wanted.items()}}
+        assert record == {"prompt": PROMPTS[i], "outputs": {name: texts[i] for name, texts in wanted.items()}}
     records = records_in(tmp_path / "data.jsonl")
     assert [record["n"] for record in records] == [0, 1, 2, 3]
     assert [record["outputs"]["two"] for record in records] == wanted["two"][:4]
@@ -220,3 +220,32 @@ def test_a_person_is_asked_for_prompts_until_an_interrupt(base: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and "Traceback" not in seen
     os.close(parent)
+
+
+def test_each_adapter_is_asked_as_it_was_trained(base: Path, tmp_path: Path) -> None:
+    asks = {"task": "causal-lm", "prompt": "{q}\n", "completion": "a"}
+    one = causal_adapter(base, tmp_path / "one", asks, seed=1)
+    two = causal_adapter(base, tmp_path / "two", PLAIN, seed=2)
+    wanted = {"one": greedy(base, one, ["a good film\n"])[0], "two": greedy(base, two, ["a good film"])[0]}
+    for order in ((one, two), (two, one)):
+        assert run_json(*words_for(base, *order), "-p", "a good film")["outputs"] == wanted
+
+
+def test_a_prompt_without_tokens_is_told(base: Path) -> None:
+    refused("a prompt has no tokens", *words_for(base), "--prompt", "")
+
+
+def test_options_that_do_not_go_together_are_told(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    refused("exclude each other", *words_for(base), "--raw", "--chat", "-p", "a")
+    refused("--system goes with --chat", *words_for(base), "--system", "Be brief.", "-p", "a")
+    (tmp_path / "odd.txt").write_bytes(b"\xff\xfe")
+    refused("odd.txt is not UTF-8 text", *words_for(base), "--file", tmp_path / "odd.txt")
+
+
+def test_a_merged_classifier_is_known_by_its_configuration(tmp_path: Path) -> None:
+    encoder = checkpoints.encoder(tmp_path / "encoder")
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3, id2label=dict(enumerate(CLASSES)))
+    model.save_pretrained(tmp_path / "classifier")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "classifier")
+    found = run_json("generate", "--model", tmp_path / "classifier", "-p", "a good film")
+    assert found["outputs"]["(base)"]["label"] in CLASSES

@@ -110,9 +110,9 @@ def test_wrong_usage_is_told(words: list[str], says: str) -> None:
 
 
 def test_an_error_is_one_line_on_standard_error(tmp_path: Path) -> None:
-    for words in (["plan", tmp_path / "no-model"], ["train"]):
+    for words, code in ((["plan", tmp_path / "no-model"], 1), (["train"], 2)):
         found = lorank(*words)
-        assert found.returncode == 1 and found.stdout == ""
+        assert found.returncode == code and found.stdout == ""
         assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
 
 

@@ -391,3 +391,40 @@ def test_gradients_pass_when_activations_are_recomputed(tmp_path: Path, causal: 
     loss.backward()
     trained = [parameter for parameter in made.model.parameters() if parameter.requires_grad]
     assert trained and all(parameter.grad is not None for parameter in trained)
+
+
+def test_more_tokens_than_the_model_reads_are_refused(tmp_path: Path, causal: str) -> None:
+    data = jsonl(tmp_path, answers())
+    with pytest.raises(AdapterError, match="max_length is 257; this model reads at most 256 tokens"):
+        prepare(Recipe(model=causal, data=data, max_length=257))
+    assert prepare(Recipe(model=causal, data=data, max_length=256)).task.max_length == 256
+
+
+def test_an_empty_cell_is_no_label(tmp_path: Path, encoder: str) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,pos\nb,neg\nc,\n")
+    with pytest.raises(AdapterError, match="the label column 'label' is empty in 1 of 3 records"):
+        prepare(Recipe(model=encoder, data=str(tmp_path / "a.csv")))
+    (tmp_path / "b.csv").write_text("text,label\na,0.5\nb,1.5\nc,\n")
+    with pytest.raises(AdapterError, match="the label '' is no number"):
+        prepare(Recipe(model=encoder, data=str(tmp_path / "b.csv"), eval_share=0))
+
+
+def test_held_out_data_may_have_one_label(tmp_path: Path, encoder: str) -> None:
+    held = jsonl(tmp_path, [{"text": "a good film", "label": "pos"}] * 3, "held.jsonl")
+    made = prepare(Recipe(model=encoder, data=jsonl(tmp_path, reviews()), eval_data=held))
+    assert [example.labels for example in made.held_out] == [1, 1, 1]
+
+
+def test_messages_go_before_a_label() -> None:
+    data = {"messages": [[{"role": "user", "content": "a"}]], "text": ["b"], "label": ["c"]}
+    assert chosen(data) == {"task": "causal-lm", "messages": "messages"}
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path, causal: str) -> None:
+    with pytest.raises(AdapterError, match="warmup is 1000 steps, and the run has 2"):
+        prepare(Recipe(model=causal, data=jsonl(tmp_path, answers()), steps=2, warmup=1000))
+
+
+def test_a_device_without_values_is_refused() -> None:
+    with pytest.raises(AdapterError, match="device 'meta' cannot be used"):
+        choose_device("meta")

@@ -106,11 +106,13 @@ def test_cut_off_after_any_event_it_goes_on_from_the_last_checkpoint(
     assert result(folder) == whole and not list(folder.rglob("*.partial"))
 
 
-def test_before_the_first_checkpoint_there_is_nothing_to_resume(llama: Path, tmp_path: Path) -> None:
+def test_before_the_first_checkpoint_it_begins_anew(llama: Path, tmp_path: Path, whole: Result) -> None:
     data, folder = cases.completions(tmp_path / "d.jsonl"), tmp_path / "run"
     cases.leave_after(cases.begin(cases.recipe(llama, data, folder)), 2)
-    with pytest.raises(AdapterError, match=r"run has no checkpoint.*before its first one.*remove .*run and start"):
-        cases.resume(folder)
+    run = cases.resume(folder)
+    assert run.remarks == ["the run was stopped before its first checkpoint: it begins anew"]
+    cases.finish(run)
+    assert result(folder) == whole
     with pytest.raises(AdapterError, match=r"there is no run in .*nowhere"):
         cases.resume(tmp_path / "nowhere")
     (folder / CHECKPOINT).write_bytes(b"half a checkpo")

@@ -345,7 +345,7 @@ def test_measuring_batches_is_measuring_the_whole() -> None:
         whole = task().measure(model, [task().collate(encoded)])
         parts = task().measure(model, [task().collate(encoded[:2]), task().collate(encoded[2:])])
     assert whole == pytest.approx(parts, rel=1e-5)
-    assert set(whole) == set(CausalLM.scores) and CausalLM.best[0] in whole
+    assert set(whole) == set(CausalLM.scores) and CausalLM.best in whole
 
 
 def test_evaluating_leaves_every_mode_as_it_was() -> None:

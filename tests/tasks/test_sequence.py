@@ -1,5 +1,6 @@
 """Classification and regression: one output for one or two texts, whatever else is in the batch."""
 
+import copy
 import math
 from array import array
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
@@ -124,8 +126,31 @@ def test_cutting_keeps_the_closing_sign(encoder: Any) -> None:
 def test_cutting_a_pair_keeps_the_closing_sign_and_its_type(encoder: Any) -> None:
     task = classifier(encoder, max_length=6, pair=True)
     ((kept,), _) = task.cut(task.encode([{"a": "a good film", "b": "the lazy dog", "label": "bad"}]))
-    assert tokens(encoder, kept) == ["[CLS]", "a", "good", "film", "[SEP]", "[SEP]"]
-    assert list(kept.types or []) == [0, 0, 0, 0, 0, 1]
+    assert tokens(encoder, kept) == ["[CLS]", "a", "[SEP]", "the", "lazy", "[SEP]"]
+    assert list(kept.types or []) == [0, 0, 0, 1, 1, 1]
+
+
+def test_of_a_pair_the_longer_text_is_cut_first(encoder: Any) -> None:
+    task = classifier(encoder, max_length=8, pair=True)
+    long, short = "the quick brown fox jumps over the lazy dog", "a film"
+    for a, b, expected in (
+        (long, short, "[CLS] the quick brown [SEP] a film [SEP]"),
+        (short, long, "[CLS] a film [SEP] the quick brown [SEP]"),
+        (long, long, "[CLS] the quick [SEP] the quick brown [SEP]"),
+    ):
+        ((kept,), _) = task.cut(task.encode([{"a": a, "b": b, "label": "bad"}]))
+        assert tokens(encoder, kept) == expected.split()
+
+
+def test_a_pair_with_two_signs_in_the_middle_keeps_both(encoder: Any) -> None:
+    tokenizer = copy.deepcopy(encoder)
+    form = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer._tokenizer.post_processor = form
+    task = classifier(tokenizer, max_length=8, pair=True)
+    ((kept,), _) = task.cut(task.encode([{"a": "the quick brown fox", "b": "a good film", "label": "bad"}]))
+    assert tokens(encoder, kept) == ["[CLS]", "the", "quick", "[SEP]", "[SEP]", "a", "good", "[SEP]"]
 
 
 def llama(pad_token_id: int | None) -> Any:
@@ -229,7 +254,7 @@ def test_scores_of_a_classifier_by_hand(encoder: Any) -> None:
     assert scores.pop("loss") == pytest.approx(float(F.cross_entropy(outputs, labels)))
     matthews = (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2)
     assert scores == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3, "matthews": matthews})
-    assert {"loss", *scores} == set(Classification.scores) and Classification.best[0] in scores
+    assert {"loss", *scores} == set(Classification.scores) and Classification.best in scores
 
 
 def test_of_several_classes_f1_is_the_mean() -> None:
@@ -330,3 +355,9 @@ def test_cutting_leaves_every_classified_record_in(encoder: Any) -> None:
     task = classifier(encoder, max_length=2)
     kept, _ = task.cut([Example(array("i", [2, 5, 3]), 0), Example(array("i", []), 1)])
     assert [(list(example.ids), example.labels) for example in kept] == [([2, 3], 0), ([], 1)]
+
+
+def test_labels_that_only_look_like_numbers_are_texts() -> None:
+    assert label_names(["²", "1"], "label") == ["1", "²"]
+    assert label_names(["--5", "3"], "label") == ["--5", "3"]
+    assert label_names(["10", "-2", "3"], "label") == ["-2", "3", "10"]

@@ -1,5 +1,6 @@
 """How all commands speak: results to standard output, everything else to standard error, errors in one form."""
 
+import io
 import json
 import math
 import sys
@@ -15,6 +16,10 @@ from ..errors import AdapterError, AdapterWarning
 
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 out = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+class UsageError(AdapterError):
+    """The command was called in a way that cannot be meant; it ends with exit code 2."""
 
 
 def say(text: str, style: str = "") -> None:
@@ -67,20 +72,19 @@ def number(value: float) -> str:
 def run_app(app: Callable[[], None]) -> None:
     """Run the command line: exit 0 if all went well, 1 with a message for errors, 2 for wrong usage, 130 on Ctrl-C."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a sign shows its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app()  # it meets Ctrl-C and broken pipes by itself
+    except UsageError as error:
+        _fail(str(error), code=2)
     except AdapterError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        say("interrupted", "yellow")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read the output has enough
-        sys.exit(0)
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         _fail(
             f"out of memory: {str(error).splitlines()[0]}\nTry a smaller batch_size with accumulate, a smaller "
@@ -88,9 +92,9 @@ def run_app(app: Callable[[], None]) -> None:
         )
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 1) -> None:
     err.print(Text.assemble(("error: ", "bold red"), message))
-    sys.exit(1)
+    sys.exit(code)
 
 
 _plain_warning = warnings.showwarning

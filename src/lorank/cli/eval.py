@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import AdapterError
-from .console import err, number, result, say, table
+from .console import UsageError, err, number, result, say, table
 from .options import Adapters, Device, Dtype, Json, Model, OtherBase, WithBase
 
 
@@ -50,12 +50,11 @@ def evaluate(
       lorank eval --model HuggingFaceTB/SmolLM2-135M --data dev.jsonl --prompt question --completion answer
     """
     from .. import surgery
-    from ..data import in_order, open_source
+    from ..data import open_source
     from ..runs.loading import load_adapted, require_trained_base
-    from ..tasks.base import evaluating, to_device
 
     if not adapter and model is None:
-        raise AdapterError("nothing to score: give an --adapter, or a --model")
+        raise UsageError("nothing to score: give an --adapter, or a --model")
     given = {"prompt": prompt, "completion": completion, "messages": messages, "text": text}
     given |= {"text_pair": text_pair, "label": label}
     records = open_source(data, split, limit)
@@ -63,64 +62,68 @@ def evaluate(
         loaded = load_adapted(
             model, adapter or [], task=task, dtype=dtype, device=device, allow_other_base=allow_other_base
         )
-    chosen = _task(loaded, given, records, data, max_length)
-    examples, remarks = chosen.cut(chosen.examples(records))
+    names = [None] * (base or not loaded.adapters) + list(loaded.adapters)
+    if None in names:
+        require_trained_base(loaded)
+    rows: list[dict[str, Any]] = []
+    for name in names:  # each on the records as it was trained to read them; the base as the first adapter
+        surgery.activate(loaded.model, *([name] if name else []))
+        chosen = _task(loaded, loaded.abouts[name] if name else loaded.about, given, records, data, max_length)
+        rows.append({"adapter": name, **_score(loaded, chosen, records, name, batch_size)})
+    scores = [{key: value for key, value in row.items() if key != "examples"} for row in rows]
+    found = {
+        "model": loaded.name,
+        "data": data,
+        "examples": rows[0]["examples"],
+        "task": loaded.about["task"],
+        "scores": scores,
+    }
+
+    def show() -> None:
+        shown = [{"adapter": row["adapter"] or "(base)"} | {k: number(row[k]) for k in list(row)[1:]} for row in scores]
+        table(shown, f"{found['examples']:,} examples of {data}", numbers=list(shown[0])[1:])
+
+    result(found, as_json, show)
+
+
+def _score(loaded: Any, task: Any, records: Any, name: str | None, batch_size: int) -> dict[str, Any]:
+    """Return the scores of what is active on the records, and how many examples they are."""
+    from rich.progress import track
+
+    from ..data import in_order
+    from ..tasks.base import evaluating, to_device
+
+    examples, remarks = task.cut(task.examples(records))
     for remark in remarks:
         say(f"note: {remark}")
     if not examples:
         raise AdapterError("there is nothing to score: no example has a token or label to predict")
     batches = in_order([len(example.ids) for example in examples], batch_size)
-    rows: list[dict[str, Any]] = []
-    names = [None] * (base or not loaded.adapters) + list(loaded.adapters)
-    if None in names:
-        require_trained_base(loaded)
-    for name in names:
-        surgery.activate(loaded.model, *([name] if name else []))
-        from rich.progress import track
-
-        shown = f"scoring {name or 'the base'}"
-        with evaluating(loaded.model):
-            steps = track(batches, shown, console=err, transient=True, disable=not err.is_terminal)
-            collated = (
-                to_device(chosen.collate([examples[i] for i in numbers]), loaded.model.device) for numbers in steps
-            )
-            rows.append({"adapter": name, **chosen.measure(loaded.model, collated)})
-    found = {"model": loaded.name, "data": data, "examples": len(examples), "task": chosen.kind, "scores": rows}
-
-    def show() -> None:
-        shown = [
-            {"adapter": row["adapter"] or "(base)", **{k: number(v) for k, v in row.items() if k != "adapter"}}
-            for row in rows
-        ]
-        table(shown, f"{len(examples):,} examples of {data}", numbers=chosen.scores)
-
-    result(found, as_json, show)
+    shown = f"scoring {name or 'the base'}"
+    with evaluating(loaded.model):
+        steps = track(batches, shown, console=err, transient=True, disable=not err.is_terminal)
+        collated = (to_device(task.collate([examples[i] for i in numbers]), loaded.model.device) for numbers in steps)
+        return {**task.measure(loaded.model, collated), "examples": len(examples)}
 
 
-def _task(loaded: Any, given: dict[str, str | None], records: Any, data: str, max_length: int | None) -> Any:
-    """Return the task to score: the adapters' own, under what was given."""
-    from ..models import longest
+def _task(
+    loaded: Any, own: dict[str, Any], given: dict[str, str | None], records: Any, data: str, max_length: int | None
+) -> Any:
+    """Return the task to score: an adapter's own, under what was given."""
     from ..runs.columns import choose_columns
-    from ..runs.prepare import make_task
+    from ..runs.prepare import allowed_length, make_task
     from ..runs.recipe import Recipe, as_typed
 
     keys = {name: as_typed(name, value) for name, value in given.items() if value is not None}
-    known = {name for name in Recipe.names() if name in loaded.about and loaded.about[name] is not None}
-    about = {name: loaded.about[name] for name in known}
-    if keys.keys() & {"prompt", "completion", "messages", "text"}:  # another kind of record replaces the adapter's
-        about = {
-            name: value for name, value in about.items() if name not in ("messages", "text", "prompt", "completion")
-        } | {
-            name: about[name]
-            for name in ("prompt", "completion")
-            if name in about and keys.keys() & {"prompt", "completion"}
-        }
-    recipe = Recipe(**{"model": loaded.name, "data": data, **about, **keys})
-    recipe = choose_columns(recipe, records)
-    limit = max_length or loaded.about.get("max_length") or min(longest(loaded.model, loaded.base.tokenizer), 1024)
+    about: dict[str, Any] = {name: own[name] for name in Recipe.names() if own.get(name) is not None}
+    about["task"] = loaded.about["task"]
+    kinds = {"messages", "text", "prompt", "completion"}
+    if keys.keys() & kinds:  # another kind of record replaces the adapter's
+        kept = {"prompt", "completion"} if keys.keys() & {"prompt", "completion"} else set()
+        about = {name: value for name, value in about.items() if name not in kinds - kept}
+    recipe = choose_columns(Recipe(**{"model": loaded.name, "data": data, **about, **keys}), records)
+    wanted = max_length or own.get("max_length")
+    limit = allowed_length(wanted, loaded.model, loaded.base.tokenizer)
     recipe = dataclasses.replace(recipe, max_length=limit, label_smoothing=0.0)
-    labels = loaded.about.get("labels")
-    if recipe.task == "classification" and labels is None:
-        names = loaded.model.config.id2label
-        labels = [names[i].removeprefix("LABEL_") for i in range(len(names))]  # nobody named them: they are numbers
+    labels = own.get("labels") or (loaded.label_names() if recipe.task == "classification" else None)
     return make_task(recipe, loaded.base.tokenizer, labels)

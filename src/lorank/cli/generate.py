@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from ..errors import AdapterError
-from .console import err, out, say
+from .console import UsageError, err, out, say
 from .options import Adapters, Device, Dtype, Json, Model, OtherBase, WithBase
 
 
@@ -47,7 +46,7 @@ def generate(
     ] = 1.0,
     beams: Annotated[int, typer.Option(min=1, help="width of a beam search")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="prompts of a file at once")] = 8,
-    seed: Annotated[int, typer.Option(help="for drawing tokens")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="for drawing tokens")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     allow_other_base: OtherBase = False,
@@ -71,13 +70,13 @@ def generate(
     from .answering import Answering
 
     if prompt and file:
-        raise AdapterError("give --prompt or --file, not both")
+        raise UsageError("give --prompt or --file, not both")
     if save and not file:
-        raise AdapterError("--out goes with --file")
+        raise UsageError("--out goes with --file")
     if save and Path(save).exists():
         raise AdapterError(f"{save} exists; choose another --out, or remove it first")
     if not adapter and model is None:
-        raise AdapterError("which model? Give an --adapter, or a --model")
+        raise UsageError("which model? Give an --adapter, or a --model")
     if file and not Path(file).is_file() and Path(file).suffix == ".txt":
         raise AdapterError(f"there is no file {file}")
     with err.status("loading the model ..."):
@@ -97,7 +96,7 @@ def generate(
     for text in prompt or _asked():
         try:
             if as_json:
-                answers = answering.all_at_once([answering.record(text)], 1)[0]
+                answers = answering.all_at_once([text], 1)[0]
                 sys.stdout.write(json.dumps({"prompt": text, "outputs": answers}, ensure_ascii=False) + "\n")
             else:
                 _side_by_side(answering, text)
@@ -109,11 +108,10 @@ def generate(
 
 def _side_by_side(answering: Any, text: str) -> None:
     """Stream the answer of each adapter, under its name when there are several."""
-    record = answering.record(text)
     for name in answering.names:
         if len(answering.names) > 1:
-            out.print(Text(name or "(base)", "bold") if out.is_terminal else Text(f"{name or '(base)'}:"))
-        answering.one(name, record, lambda piece: (sys.stdout.write(piece), sys.stdout.flush()))
+            out.print(name or "(base)", style="bold", end="\n" if out.is_terminal else ":\n")
+        answering.one(name, text, lambda piece: (sys.stdout.write(piece), sys.stdout.flush()))
         sys.stdout.write("\n")
 
 
@@ -122,14 +120,15 @@ def _asked() -> Iterator[str]:
     if not sys.stdin.isatty():
         for line in sys.stdin:
             if line.strip():
-                yield line.rstrip("\n")
+                yield line.rstrip("\r\n")
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() a history and editing
     say("A prompt a line; an empty line or Ctrl-D ends.", "dim")
     while True:
         try:
-            text = input("> ")
+            err.print("> ", end="")  # on standard error: the answers may go to a file
+            text = input()
         except EOFError:
             return
         if not text.strip():
@@ -142,7 +141,6 @@ def _from_file(answering: Any, file: str, save: str | None, limit: int | None, b
     from rich.progress import track
 
     records = answering.records(file, limit)
-    answering.check(records)
     pieces = [records[i : i + 8 * batch_size] for i in range(0, len(records), 8 * batch_size)]
     partial = Path(f"{save}.partial") if save else None
     try:
@@ -161,5 +159,7 @@ def _from_file(answering: Any, file: str, save: str | None, limit: int | None, b
         say(f"{len(records):,} records written to {save}")
 
 
-def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(record: Mapping[str, Any] | str) -> dict[str, Any]:
+    if isinstance(record, str):
+        return {"prompt": record}
     return {key: value for key, value in record.items() if key != "outputs"}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import AdapterError, dtype_name
-from .console import err, out, result, say
+from .console import UsageError, err, out, result, say
 from .options import Json, OtherBase
 
 
@@ -56,7 +56,7 @@ def merge(
     if name is None:
         raise AdapterError(f"which base? {adapter} does not say; give --model")
     if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise AdapterError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
+        raise UsageError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
     kind = getattr(torch, dtype) if dtype else None
     labels = labels_of(content, name)
     options = {"allow_other_base": allow_other_base, "allow_pickle": allow_pickle}

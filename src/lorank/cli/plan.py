@@ -4,8 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import AdapterError
-from .console import out, result
+from .console import UsageError, out, result
 from .options import Json
 
 
@@ -48,9 +47,9 @@ def plan(
     from ..tasks import CausalLM, Classification, Regression, Task
 
     if task not in ("causal-lm", "classification", "regression"):
-        raise AdapterError(f"task is {task!r}; it must be causal-lm, classification or regression")
+        raise UsageError(f"task is {task!r}; it must be causal-lm, classification or regression")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise AdapterError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
+        raise UsageError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
     keys: dict[str, Any] = {"targets": targets, "rank": rank, "alpha": alpha, "train_also": train_also, "bias": bias}
     recipe = Recipe(model=model, data="-", task=task, gradient_checkpointing=gradient_checkpointing, **keys)
     empty = empty_base(model, task, dtype=getattr(torch, dtype), labels=labels)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from .console import err, number, say
@@ -28,15 +29,15 @@ class Display:
         if not err.is_terminal:
             yield self
             return
+        fixed = Column(no_wrap=True)
         self.bar = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(table_column=fixed),
+            TextColumn("{task.fields[numbers]}", table_column=fixed),
+            TimeRemainingColumn(table_column=fixed),
+            TextColumn("left", table_column=fixed),
             console=err,
+            expand=True,
         )
         with self.bar:
             self.task = self.bar.add_task("", total=self.steps, completed=self.first, numbers="")

@@ -10,9 +10,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.markup import escape
 
-from ..errors import AdapterError
 from ..runs.recipe import Recipe, as_typed, parse_overrides
-from .console import err, number, out, result, say
+from .console import UsageError, err, number, out, result, say
 from .progress import Display, clock
 
 
@@ -42,11 +41,9 @@ def train(
         words, recipe = [recipe, *words], None
     flags = {name: as_typed(name, value) for name, value in given.items() if value is not None}
     if resume is not None and (recipe or words or flags or dry_run):
-        raise AdapterError("--resume goes on with a run as it was begun; it takes no recipe and no other options")
+        raise UsageError("--resume goes on with a run as it was begun; it takes no recipe and no other options")
     if resume is None and not (recipe or words or flags):
-        raise AdapterError(
-            "nothing to train on: give a recipe, or at least --model and --data; see lorank train --help"
-        )
+        raise UsageError("nothing to train on: give a recipe, or at least --model and --data; see lorank train --help")
 
     from ..runs.prepare import prepare
     from ..runs.run import Run, stored_recipe

@@ -19,6 +19,12 @@ class Example:
     types: array | None = None  # token types, where the model has them
 
 
+def padding_id(tokenizer: Any) -> int:
+    """Return the token with which rows are filled up; a mask hides it, so that any will do where there is none."""
+    own = getattr(tokenizer, "pad_token_id", None)
+    return own if own is not None else getattr(tokenizer, "eos_token_id", None) or 0
+
+
 def encode_segments(tokenizer: Any, rows: Sequence[Sequence[Segment]], special_tokens: bool) -> list[Example]:
     """Return each row's tokens; with `special_tokens`, between what the tokenizer puts in front and the end token.
 

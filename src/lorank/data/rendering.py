@@ -160,9 +160,11 @@ class _Templated(Rendering):
         import jinja2
 
         tools = record.get("tools") or None
+        if tools is not None and (isinstance(tools, str) or not all(isinstance(tool, Mapping) for tool in tools)):
+            raise AdapterError(f"column 'tools' holds no list of descriptions: {tools!r:.80}")
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-        except (jinja2.TemplateError, KeyError, TypeError) as error:
+        except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
             raise AdapterError(f"the chat template does not take these messages: {error}") from None
 
 

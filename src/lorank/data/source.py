@@ -36,7 +36,7 @@ def open_source(source: str, split: str = "train", limit: int | None = None) -> 
             found = _open_file(datasets, path)
         elif path.is_dir():
             found = _open_hub(datasets, str(path), split)  # a folder as the hub has them
-        elif path.suffix in _KNOWN or path.is_absolute() or source.startswith((".", "~")):
+        elif path.suffix.lower() in _KNOWN or path.is_absolute() or source.startswith((".", "~")):
             raise AdapterError(f"there is no file {source}{_neighbours(path)}")
         else:
             found = _open_hub(datasets, source, split)
@@ -53,20 +53,20 @@ def open_source(source: str, split: str = "train", limit: int | None = None) -> 
 
 
 def _open_file(datasets: Any, path: Path) -> Any:
-    if path.suffix not in _KNOWN:
+    if path.suffix.lower() not in _KNOWN:
         raise AdapterError(f"{path} ends in {path.suffix!r}; known are {', '.join(_KNOWN)}")
     if path.stat().st_size == 0:
         raise AdapterError(f"{path} is empty")
     try:
-        if path.suffix in _SEPARATORS:
+        if path.suffix.lower() in _SEPARATORS:
             limit = csv.field_size_limit(_LONGEST_FIELD)
             try:
-                columns = _columns(path, _SEPARATORS[path.suffix])
+                columns = _columns(path, _SEPARATORS[path.suffix.lower()])
             finally:
                 csv.field_size_limit(limit)
             return datasets.Dataset.from_dict(columns)
-        found = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-        if _READERS[path.suffix] == "json":
+        found = datasets.load_dataset(_READERS[path.suffix.lower()], data_files=str(path), split="train")
+        if _READERS[path.suffix.lower()] == "json":
             found.data.table.validate(full=True)  # else bytes that are not UTF-8 come to light with the record
             found = _with_dates_as_text(datasets, found, path)
         return found
@@ -147,7 +147,7 @@ def _open_hub(datasets: Any, source: str, split: str) -> Any:
 def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent} either"
-    files = [other.name for other in path.parent.iterdir() if other.suffix in _KNOWN]
+    files = [other.name for other in path.parent.iterdir() if other.suffix.lower() in _KNOWN]
     return f"; {did_you_mean(path.name, files, 'in its folder are')}" if files else ""
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..data import prompt_ids
+from ..data import padding_id, prompt_ids
+from ..errors import AdapterError
 from ..extras import require
 
 
@@ -67,9 +68,11 @@ def stream(
 
 def _generate(model: Any, tokenizer: Any, rows: list[list[int]], decoding: Decoding, **options: Any) -> list[list[int]]:
     """Return the new tokens of each row; rows are padded on the left, so that all end where generation begins."""
+    if not all(rows):
+        raise AdapterError("a prompt has no tokens, so that there is nothing to go on from")
     ends = model.generation_config.eos_token_id
     ends = ends if ends is not None else tokenizer.eos_token_id
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    padding = padding_id(tokenizer)
     draws = decoding.temperature > 0
     config = require("transformers", "generating").GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,

@@ -48,6 +48,12 @@ class Content:
     remarks: list[str] = field(default_factory=list)  # what a reader should warn of once the adapter is loaded
 
 
+def outputs_of_head(content: Content) -> int:
+    """Return how many outputs a trained head has, 0 without one; of its layers the last is the narrowest."""
+    matrices = [tensor for copy in content.copies.values() for tensor in copy.values() if tensor.dim() == 2]
+    return min((matrix.shape[0] for matrix in matrices), default=0)
+
+
 def gather(model: nn.Module, name: str) -> Content:
     """Return what there is to save of an adapter. Raises AdapterError for values that are not finite."""
     found = entries(model, name)

@@ -48,11 +48,6 @@ def write(folder: Path, model: nn.Module, name: str, state: TrainState, progress
 def read(folder: Path) -> tuple[dict[str, Tensor], TrainState, Progress]:
     """Return the adapter's tensors, the state of the training and the run's progress."""
     path = folder / FILE
-    if not path.is_file():
-        raise AdapterError(
-            f"{folder} has no checkpoint ({FILE}): the run was stopped before its first one; remove {folder} and start "
-            "the run again"
-        )
     _, tensors, metadata = safetensors_file.read(path)
     try:
         progress = Progress(**json.loads(metadata[_KEY]))

@@ -18,7 +18,7 @@ def choose_columns(recipe: Recipe, records: Any) -> Recipe:
     filled: dict[str, Any] = {}
     task = recipe.task
     if task == "auto":
-        if given & {"messages", "prompt", "completion"}:
+        if given & {"messages", "prompt", "completion"} or ("messages" in columns and not given):
             task = "causal-lm"
         elif given & {"label", "text_pair"} or ("label" in columns and (usual_text or recipe.text)):
             task = "regression" if _is_continuous(records, recipe.label or "label") else "classification"
@@ -76,6 +76,8 @@ def _is_continuous(records: Any, column: str) -> bool:
         return False
     found = False
     for value in values:
+        if value == "":  # an empty cell, which is told later
+            continue
         try:
             found |= not float(value).is_integer()
         except (TypeError, ValueError):
@@ -83,8 +85,8 @@ def _is_continuous(records: Any, column: str) -> bool:
     return found
 
 
-def named_labels(records: Any, column: Any) -> tuple[Any, list[str] | None]:
-    """Return records whose labels are names where the data set has names for its numbers, and all the names.
+def named_labels(records: Any, column: Any, wanted: bool = True) -> tuple[Any, list[str] | None]:
+    """Return records whose labels are names where the data set has names for its numbers, and all the names if wanted.
 
     A number below 0 stands for no label. The names keep the data set's order; without one, see `label_names`.
     """
@@ -92,6 +94,10 @@ def named_labels(records: Any, column: Any) -> tuple[Any, list[str] | None]:
         return records, None
     feature = records.features[column]
     if not hasattr(feature, "int2str"):
-        return records, label_names(records[column], column)
+        labels = records[column] if wanted else []
+        empty = sum(1 for label in labels if label == "")
+        if empty:
+            raise AdapterError(f"the label column '{column}' is empty in {empty:,} of {len(records):,} records")
+        return records, label_names(labels, column) if wanted else None
     named = [None if number is None or number < 0 else feature.int2str(number) for number in records[column]]
     return records.remove_columns([column]).add_column(column, named), list(feature.names)

@@ -9,7 +9,8 @@ import torch
 
 from ..errors import AdapterError
 from ..formats import Content, load, read
-from ..models import Base, known_labels, load_base
+from ..formats.content import outputs_of_head
+from ..models import Base, known_labels, load_base, task_of
 from ..targets import lies_in
 from .recipe import Recipe
 from .run import KEPT, RECIPE
@@ -23,10 +24,16 @@ class Loaded:
     name: str  # where the base was loaded from
     about: dict[str, Any]  # of the first adapter: task, columns, labels
     adapters: dict[str, Path]
+    abouts: dict[str, dict[str, Any]]  # of each adapter
 
     @property
     def model(self) -> Any:
         return self.base.model
+
+    def label_names(self) -> list[str]:
+        """Return the labels as the base's configuration has them; those that nobody named are numbers."""
+        names = self.model.config.id2label
+        return [names[i].removeprefix("LABEL_") for i in range(len(names))]
 
 
 def load_adapted(
@@ -52,10 +59,12 @@ def load_adapted(
     contents = {name: read(path) for name, path in places.items()}
     first = next(iter(contents.values()), None)
     about = dict(first.about) if first is not None else {}
-    chosen = task or (first.task if first is not None else None) or "causal-lm"
+    if task not in (None, "causal-lm", "classification", "regression"):
+        raise AdapterError(f"task is {task!r}; it must be causal-lm, classification or regression")
     name = model or (base_of(next(iter(places.values()))) if places else None)
     if name is None:
         raise AdapterError("which base? Give --model; " + ("the adapter does not say" if places else "or an --adapter"))
+    chosen = task or (first.task if first is not None else task_of(name)) or "causal-lm"
     for other, content in contents.items():
         if (content.task or chosen) != chosen or content.about.get("labels") != about.get("labels"):
             raise AdapterError(
@@ -71,7 +80,7 @@ def load_adapted(
         require_trained_head(base, contents[adapter].copies, f"adapter '{adapter}'")
         load(base.model, path, adapter, activate=False, allow_other_base=allow_other_base)
     torch.manual_seed(0)
-    return Loaded(base, name, about | {"task": chosen}, places)
+    return Loaded(base, name, about | {"task": chosen}, places, {key: c.about for key, c in contents.items()})
 
 
 def require_trained_base(loaded: Loaded) -> None:
@@ -97,8 +106,7 @@ def labels_of(content: Content, base: str) -> list[str] | None:
     """
     if content.task != "classification" or content.about.get("labels"):
         return content.about.get("labels") or (["LABEL_0"] if content.task == "regression" else None)
-    matrices = [tensor for copy in content.copies.values() for tensor in copy.values() if tensor.dim() == 2]
-    count = min((matrix.shape[0] for matrix in matrices), default=0)  # of a head's layers the last is the narrowest
+    count = outputs_of_head(content)
     return [f"LABEL_{i}" for i in range(count)] if count and count != len(known_labels(base)) else None
 
 

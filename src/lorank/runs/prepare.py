@@ -99,7 +99,7 @@ def prepare(recipe: Recipe) -> Prepared:
     held = open_source(recipe.eval_data, recipe.eval_split, recipe.eval_limit) if recipe.eval_data else None
     classes = recipe.label if recipe.task == "classification" else None
     records, names = named_labels(records, classes)
-    held, _ = named_labels(held, classes)
+    held, _ = named_labels(held, classes, wanted=False)
     if names is not None:
         names = label_order(recipe.model, names)
     if held is None and recipe.eval_share:
@@ -111,7 +111,7 @@ def prepare(recipe: Recipe) -> Prepared:
     seed_everything(recipe.seed)
     dtype = choose_dtype(recipe.dtype, device)
     base = load_base(recipe.model, recipe.task, dtype=dtype, labels=names, tokenizer=tokenizer)
-    task.max_length = recipe.max_length or min(longest(base.model, tokenizer), _LONGEST)
+    task.max_length = allowed_length(recipe.max_length, base.model, tokenizer)
     train, cut = task.cut(train)
     held_out, cut_held = task.cut(held_out)
     if not train:
@@ -135,6 +135,14 @@ def prepare(recipe: Recipe) -> Prepared:
         best=_choose_best(recipe, task),
     )
     return Prepared(recipe, base, task, plan, config, train, held_out, order, device, remarks)
+
+
+def allowed_length(wanted: int | None, model: Any, tokenizer: Any) -> int:
+    """Return to how many tokens examples are cut; raises AdapterError for more than the model reads."""
+    most = longest(model, tokenizer)
+    if wanted is not None and wanted > most:
+        raise AdapterError(f"max_length is {wanted:,}; this model reads at most {most:,} tokens")
+    return wanted or min(most, _LONGEST)
 
 
 def adapt_base(recipe: Recipe, model: Any, fresh: Sequence[str] = ()) -> Plan:
@@ -226,8 +234,8 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise AdapterError(f"device {wanted!r} cannot be used: {reason}") from None
     return device
@@ -242,7 +250,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _choose_best(recipe: Recipe, task: Task) -> str:
-    best = recipe.best or task.best[0]
+    best = recipe.best or task.best
     if best not in task.scores:
         raise AdapterError(f"best is '{best}'; a {task.kind} run has the scores {', '.join(task.scores)}")
     return best
@@ -263,13 +271,15 @@ def _schedule(recipe: Recipe, order: Order, base: Base, remarks: list[str]) -> t
             "a rule of thumb to start from"
         )
     warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else round(recipe.warmup)
+    if warmup > steps:
+        raise AdapterError(f"warmup is {warmup} steps, and the run has {steps}")
     every = recipe.eval_every or max(10, math.ceil(steps / 10))
-    beta1, beta2 = recipe.betas if len(recipe.betas) == 2 else (math.nan, math.nan)
+    beta1, beta2 = recipe.betas
     config = TrainConfig(
         steps=steps,
         learning_rate=rate,
         schedule=recipe.schedule,  # type: ignore[arg-type]
-        warmup=min(warmup, steps),
+        warmup=warmup,
         weight_decay=recipe.weight_decay,
         betas=(beta1, beta2),
         epsilon=recipe.epsilon,

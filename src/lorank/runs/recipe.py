@@ -170,11 +170,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise AdapterError(f"there is no recipe {path}; {did_you_mean(path.name, near)}")
     try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        keys, written = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path} is not YAML: {error}") from None
     if not isinstance(keys, dict):
         raise AdapterError(f"{path} holds {keys!r:.60}, not keys with values")
+    names = [key.value for key, _ in written.value]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:  # YAML would take the last of them
+        raise AdapterError(f"{path} has {', '.join(doubled)} twice")
     return {str(name): value for name, value in keys.items()}
 
 
@@ -217,17 +222,15 @@ def _as(kind: Any, value: Any) -> Any:
 
 
 def _split(text: str) -> list[str]:
-    """Return the items of a list in words: split at commas, but not at those in brackets."""
-    return [item.strip() for item in re.split(r",(?![^\[]*\])", text) if item.strip()]
+    """Return the items of a list in words: split at commas, but not at those in brackets of any kind."""
+    return [item.strip() for item in re.split(r",(?![^\[({]*[\])}])", text) if item.strip()]
 
 
 def _kind_name(kind: Any) -> str:
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
     options = get_args(kind) if type(None) in get_args(kind) else (kind,)
-    found = [
-        names.get(option) or str(option).replace("str", "text").replace("int", "whole number") for option in options
-    ]
-    return " or ".join(found)
+    texts = {list: "a list", dict: "values by pattern, {pattern: value}"}
+    return " or ".join(names.get(option) or texts[option.__origin__] for option in options)
 
 
 def _value_problems(recipe: Recipe) -> list[str]:
@@ -263,6 +266,13 @@ def _value_problems(recipe: Recipe) -> list[str]:
         value = getattr(recipe, name)
         if value is not None and not value > 0:
             problems.append(f"{name} is {value}; it must be above 0")
+    if not 0 <= recipe.seed < 2**32:
+        problems.append(f"seed is {recipe.seed}; it must lie between 0 and {2**32 - 1}")
+    if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas):
+        problems.append(f"betas are {recipe.betas}; they must be two numbers in [0, 1)")
+    for name in ("weight_decay", "epsilon"):
+        if not getattr(recipe, name) >= 0:
+            problems.append(f"{name} is {getattr(recipe, name)}; it may not be negative")
     if recipe.warmup < 0:
         problems.append(f"warmup is {recipe.warmup}; it may not be negative")
     if recipe.alpha == 0:

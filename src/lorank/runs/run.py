@@ -166,7 +166,7 @@ class Run:
     @property
     def _best(self) -> str:
         """The score by which adapters are compared."""
-        return self.recipe.best or self.prepared.task.best[0]
+        return self.recipe.best or self.prepared.task.best
 
     def _finish(self) -> Stopped:
         """Draw the loss and write down the result."""
@@ -197,8 +197,8 @@ class Run:
         step = self.state.step
         log.add(step, **{f"eval_{name}": value for name, value in scores.items()})
         score, before = scores[self._best], self.progress.best.get(self._best)
-        lower = self._best in ("loss", "perplexity")
-        better = before is None or (score < before if lower else score > before)
+        more = self.prepared.task.scores[self._best]
+        better = before is None or (score > before if more else score < before)
         if step and better and score == score:  # NaN is not better
             self.progress.best = {"step": step, **scores}
             self._keep()
@@ -225,6 +225,9 @@ class Run:
 
     def _take_up(self) -> None:
         """Put the checkpoint's values into the prepared run; raises AdapterError when it was another's."""
+        if not (self.folder / checkpoint.FILE).is_file():
+            self.remarks.append("the run was stopped before its first checkpoint: it begins anew")
+            return
         adapter, self.state, found = checkpoint.read(self.folder)
         other = [what for what in ("data", "base", "recipe") if getattr(found, what) != getattr(self.progress, what)]
         if other:

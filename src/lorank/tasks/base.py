@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..data import Example, columns_of
+from ..data import Example, columns_of, padding_id
 from ..errors import AdapterError
 
 Tensors = dict[str, Tensor]
@@ -20,8 +20,8 @@ class Task(ABC):
     """What a model is trained for."""
 
     kind: ClassVar[str]  # the name on the command line and in files
-    best: ClassVar[tuple[str, bool]]  # the score by which adapters are compared, and whether more of it is better
-    scores: ClassVar[tuple[str, ...]]  # the names of all that `measure` returns
+    scores: ClassVar[dict[str, bool]]  # the names of all that `measure` returns, and whether more of it is better
+    best: ClassVar[str]  # the one by which adapters are compared, unless another is asked for
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -94,10 +94,8 @@ class Task(ABC):
     def collate(self, examples: Sequence[Example]) -> Tensors:
         """Return examples as one batch, padded on the right to the longest of them."""
         width = max(len(example.ids) for example in examples)
-        padding = getattr(self.tokenizer, "pad_token_id", None)
-        padding = padding if padding is not None else getattr(self.tokenizer, "eos_token_id", None) or 0
         batch = {
-            "input_ids": _padded([example.ids for example in examples], width, padding),
+            "input_ids": _padded([example.ids for example in examples], width, padding_id(self.tokenizer)),
             "attention_mask": _padded([array("i", [1]) * len(example.ids) for example in examples], width, 0),
         }
         types = [example.types for example in examples if example.types is not None]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ class CausalLM(Task):
     """Predict the next token; the loss is the mean over the trained tokens."""
 
     kind = "causal-lm"
-    best = ("loss", False)
-    scores = ("loss", "perplexity", "token_accuracy")
+    scores: ClassVar = {"loss": False, "perplexity": False, "token_accuracy": True}
+    best = "loss"
 
     def __init__(
         self,

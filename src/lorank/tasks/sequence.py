@@ -1,9 +1,10 @@
 """Sequence classification and regression: one label, or one number, for one or two texts."""
 
+import re
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,20 @@ class _Sequence(Task):
         ]
 
     def _shortened(self, example: Example, length: int) -> Example:
-        """Cut a sequence so that the tokenizer's closing signs stay: the last token is kept, the one before cut."""
-        ids = example.ids[: length - 1] + example.ids[-1:]
-        types = None if example.types is None else example.types[: length - 1] + example.types[-1:]
+        """Cut the text, or the longer one of a pair, at its end; the tokenizer's own signs stay."""
+        last = len(example.ids) - 1
+        keep = [*range(length - 1), last]
+        seps = [i for i, token in enumerate(example.ids) if token == getattr(self.tokenizer, "sep_token_id", None)]
+        if self.text_pair is not None and len(seps) > 1:
+            middle = [i for i in seps if i < last and i - seps[0] < 2]  # one sign, or two, as RoBERTa has
+            first, second = seps[0], last - middle[-1] - 1  # tokens of each, with the sign in front of the first
+            room = length - len(middle) - 1
+            of_second = min(second, max(room - first, room // 2))
+            of_first = min(first, room - of_second)
+            begin = middle[-1] + 1
+            keep = [*range(of_first), *middle, *range(begin, begin + of_second), last]
+        ids = array("i", (example.ids[i] for i in keep))
+        types = None if example.types is None else array("i", (example.types[i] for i in keep))
         return Example(ids, example.labels, types)
 
     @abstractmethod
@@ -68,8 +80,8 @@ class Classification(_Sequence):
     """One of several labels."""
 
     kind = "classification"
-    best = ("accuracy", True)
-    scores = ("loss", "accuracy", "f1", "matthews")
+    scores: ClassVar = {"loss": False, "accuracy": True, "f1": True, "matthews": True}
+    best = "accuracy"
 
     def __init__(
         self,
@@ -123,8 +135,8 @@ class Regression(_Sequence):
     """A number; the loss is the squared error."""
 
     kind = "regression"
-    best = ("loss", False)
-    scores = ("loss", "pearson", "spearman")
+    scores: ClassVar = {"loss": False, "pearson": True, "spearman": True}
+    best = "loss"
 
     def target(self, value: Any) -> float:
         try:
@@ -170,6 +182,6 @@ def label_names(values: Iterable[Any], column: str) -> list[str]:
             f"column '{column}' has {len(names):,} different labels ({enumerate_names(sorted(names), 3)}); for numbers "
             "use task=regression, or name the right column with label="
         )
-    if all(name.lstrip("-").isdigit() for name in names):
+    if all(re.fullmatch("-?[0-9]+", name) for name in names):
         return sorted(names, key=int)
     return sorted(names)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import AdapterError
 from ...targets import Names
 from .. import safetensors_file
-from ..content import Content
+from ..content import Content, outputs_of_head
 from .config import check_config, encode_config, read_config
 from .header import apply_account, encode_header, read_header
 from .tensors import decode, encode_tensors
@@ -59,6 +59,8 @@ def read(path: Path, names: Names | None, allow_pickle: bool = False) -> Content
         apply_account(account, content, names)
     content.base_model = config.get("base_model_name_or_path") or None
     content.task = content.about.get("task") or _TASKS.get(config.get("task_type") or "")
+    if "task" not in content.about and content.task == "classification" and outputs_of_head(content) == 1:
+        content.task = "regression"  # PEFT has one name for both
     content.problems[:0] = problems
     content.remarks += remarks
     return content
