@@ -127,8 +127,9 @@ def _asked() -> Iterator[str]:
     say("A prompt a line; an empty line or Ctrl-D ends.", "dim")
     while True:
         try:
-            err.print("> ", end="")  # on standard error: the answers may go to a file
-            text = input()
+            if not sys.stdout.isatty():  # the answers go to a file, and the sign is no part of them
+                err.print("> ", end="")
+            text = input("> " if sys.stdout.isatty() else "")
         except EOFError:
             return
         if not text.strip():
