@@ -63,28 +63,33 @@ class Watch:
     """Looks after the parameters of an adapter in its first steps.
 
     Called after every optimiser step, it raises when a parameter got no gradient in the first one, and when, a few
-    steps later, one still has the values that it started from. It holds a copy of them until then.
+    steps later, one never had a gradient other than zero or still has the values that it started from. It holds a
+    copy of them until then.
     """
 
     def __init__(self, model: nn.Module, name: str, steps: int = 5):
+        """Watch the first `steps` steps, of which there must be two for both factors of a pair to move."""
         self.model, self.name, self.patience = model, name, steps
         self.seen = 0
         self.start = {key: p.detach().clone() for key, p in adapter_parameters(model, name).items()}
+        self.idle = set(self.start)  # without a gradient so far
 
     def __call__(self) -> list[str]:
         """Return remarks as `check` does; raises AdapterError for parameters that do not train."""
         self.seen += 1
-        if self.seen == 1:
-            return check(self.model, self.name)
-        if self.seen != self.patience:
+        if self.seen > self.patience:
             return []
         now = adapter_parameters(self.model, self.name)
+        self.idle -= {key for key in self.idle if _has_gradient(now[key])}
+        if self.seen == 1:
+            return check(self.model, self.name)
+        if self.seen < self.patience:
+            return []
         still = [key for key, start in self.start.items() if torch.equal(now[key].detach(), start)]
+        problems = [f"{key} never had a gradient other than zero" for key in sorted(self.idle)]
+        problems += [f"{key}: is it in the optimiser, and is the learning rate above 0?" for key in still]
         self.start = {}
-        raise_problems(
-            f"these adapter parameters have not moved in {self.patience} steps",
-            [f"{key}: is it in the optimiser, and is the learning rate above 0?" for key in still],
-        )
+        raise_problems(f"these adapter parameters have not moved in {self.patience} steps", problems)
         return []
 
 

@@ -256,6 +256,26 @@ def test_the_watch_is_silent_over_a_training_that_works() -> None:
     assert len(watched(model, lorank.adapter_parameters(model), lambda x: model(x, labels=x).loss)) == 7
 
 
+def test_moved_by_decay_alone_is_not_trained() -> None:
+    model = adapted()
+    parameters = lorank.adapter_parameters(model)
+    name = next(key for key in parameters if key.endswith("layers.0.self_attn.q_proj.adapters.default.A"))
+    parameters[name].register_hook(torch.zeros_like)  # its gradient is zero in every step, and no error in the first
+    with pytest.raises(
+        AdapterError, match=r"layers\.0\.self_attn\.q_proj\.\S+\.A never had a gradient other than zero"
+    ):
+        watched(model, parameters, lambda x: model(x, labels=x).loss, weight_decay=0.1, learning_rate=1e-2)
+
+
+def test_a_short_run_is_watched_to_its_end(llama: Path, tmp_path: Path) -> None:
+    data = cases.completions(tmp_path / "d.jsonl")
+    run = cases.begin(cases.recipe(llama, data, tmp_path / "run", steps=3))
+    name = next(key for key in lorank.adapter_parameters(run.prepared.model) if key.endswith(".A"))
+    lorank.adapter_parameters(run.prepared.model)[name].register_hook(torch.zeros_like)
+    with pytest.raises(AdapterError, match="have not moved in 3 steps"):
+        cases.finish(run)
+
+
 def test_the_watch_names_a_parameter_outside_the_optimiser() -> None:
     model = adapted()
     parameters = lorank.adapter_parameters(model)

@@ -120,7 +120,7 @@ class Run:
         try:
             if self.state.step == 0 and self.prepared.held_out:
                 yield self._evaluate(log)
-            watch = Watch(model, ADAPTER)
+            watch = Watch(model, ADAPTER, steps=min(5, config.steps - self.state.step))
             model.train()
             began = time.perf_counter()
             for step in train(
