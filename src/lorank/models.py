@@ -64,7 +64,7 @@ def load_base(
     if gguf:
         options |= {"gguf_file": gguf, "quantization_config": transformers.GgufConfig(dequantize=True)}
     cls = getattr(transformers, _CLASSES[task])
-    with _reading(name), _quiet(bars=not Path(source).is_dir()):
+    with _reading(name), quiet(bars=not Path(source).is_dir()):
         model, info = cls.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True, **options)
     if task == "causal-lm" and _reads_both_ways(transformers, model.config):
         raise AdapterError(f"{name} is no causal language model: it is an encoder, which sees the tokens that follow")
@@ -93,14 +93,14 @@ def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels
     if task != "causal-lm":
         config.num_labels = 1 if task == "regression" else labels
     cls = getattr(require("transformers", "building a model"), _CLASSES[task])
-    with _reading(name), _quiet(), torch.device("meta"):
+    with _reading(name), quiet(), torch.device("meta"):
         return cls.from_config(config, dtype=dtype or torch.float32).eval()
 
 
 def _configuration(name: str) -> Any:
     transformers = require("transformers", "reading a model's configuration")
     source, gguf = _location(name)
-    with _reading(name), _quiet():
+    with _reading(name), quiet():
         return transformers.AutoConfig.from_pretrained(source, **({"gguf_file": gguf} if gguf else {}))
 
 
@@ -143,7 +143,7 @@ def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a base."""
     transformers = require("transformers", "loading a tokenizer")
     source, gguf = _location(name)
-    with _reading(name), _quiet():
+    with _reading(name), quiet():
         return transformers.AutoTokenizer.from_pretrained(source, **({"gguf_file": gguf} if gguf else {}))
 
 
@@ -210,7 +210,7 @@ def _reading(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(bars: bool = False) -> Iterator[None]:
+def quiet(bars: bool = False) -> Iterator[None]:
     """Silence transformers' remarks, which are checked here, and its bars unless something is to be downloaded."""
     logging = require("transformers", "loading a model").utils.logging
     level, hidden = logging.get_verbosity(), logging.is_progress_bar_enabled() and not bars

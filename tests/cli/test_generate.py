@@ -203,7 +203,15 @@ def test_a_person_is_asked_for_prompts_until_an_interrupt(base: Path) -> None:
     parent, terminal = pty.openpty()
     command = [sys.executable, "-m", "lorank", *map(str, words_for(base))]
     environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment,
+        # What runs in the background may have been started with interrupts ignored, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(terminal)
     seen = ""
 

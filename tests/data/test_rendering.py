@@ -142,6 +142,7 @@ def test_an_answer_that_the_template_rewrites_later_is_only_read() -> None:
     segments = rendering.segments({"messages": messages})
     assert [segment.text for segment in segments if segment.trained] == ["<think>so</think>d<|end|>"]
     assert "".join(segment.text for segment in segments) == whole(rendering, messages).rstrip()
+    assert rendering.rewrites and not chat(FORGETFUL).rewrites
     untouched = [user("a"), assistant("b"), user("c"), assistant("d")]
     trained = [segment.text for segment in rendering.segments({"messages": untouched}) if segment.trained]
     assert trained == ["b<|end|>", "d<|end|>"]

@@ -116,7 +116,7 @@ def _in_memory(name: str, place: Path, target: Path, task: str, labels: Any, dty
     from ..checkpoints import appearing_whole
     from ..formats import load
     from ..merging import merge as merge_model
-    from ..models import load_base
+    from ..models import load_base, quiet
     from ..runs.loading import require_trained_head
 
     say("loading the whole model", "dim")
@@ -126,7 +126,7 @@ def _in_memory(name: str, place: Path, target: Path, task: str, labels: Any, dty
     report = merge_model(base.model)
     if dtype:
         base.model.to(dtype)
-    with appearing_whole(target) as folder:
+    with appearing_whole(target) as folder, quiet():
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
     return report

@@ -55,6 +55,7 @@ class Text:
 class Rendering(ABC):
     """How a record becomes a sequence of segments for a causal language model."""
 
+    rewrites: bool = False  # some answers of a conversation are not what was said at their time, and only read
     special_tokens: bool = True  # the tokenizer adds its own at the beginning, and the end token follows the text
 
     @abstractmethod
@@ -124,6 +125,7 @@ class _Templated(Rendering):
                 "the tokenizer has no chat template; use prompt and completion columns, or a tokenizer of a chat model"
             )
         self.tokenizer = tokenizer
+        self.rewrites = False  # the template wrote an earlier answer in another way, so that it is only read
 
     @abstractmethod
     def messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -142,7 +144,8 @@ class _Templated(Rendering):
             through = self._render(messages[: i + 1], record)
             if not (whole.startswith(before) and whole.startswith(through.rstrip())):
                 if i != answers[-1]:
-                    continue  # some templates rewrite earlier turns (thoughts are dropped): not what was said then
+                    self.rewrites = True  # thoughts are dropped, say: not what was said then
+                    continue
                 raise AdapterError("the chat template writes the last answer in another way than it is asked for")
             # Through the end-of-turn sign, without the line break after it. An empty answer may have no sign.
             end = max(len(before), len(through.rstrip()))

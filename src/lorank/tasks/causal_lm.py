@@ -41,6 +41,8 @@ class CausalLM(Task):
         return examples
 
     def remarks(self, examples: Sequence[Example]) -> list[str]:
+        if self.rendering.rewrites:
+            return ["the chat template rewrites answers once the conversation goes on; those are read, not trained on"]
         if isinstance(self.rendering, Completion):
             first = pieces(self.tokenizer, examples[0])
             if len(first) > 1 and not first[0].text[-1:].isspace() and not first[1].text[:1].isspace():
