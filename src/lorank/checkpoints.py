@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterError, enumerate_names
-from .formats.safetensors_file import DTYPES, encoded, flush_folder
+from .formats.safetensors_file import DTYPES, encoded, flush_folder, mode_for_new
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TEMPLATES = "additional_chat_templates"
@@ -156,7 +156,7 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         raise AdapterError(f"cannot write {target}: {error.strerror}") from None
     try:
         yield made
-        made.chmod(0o777 & ~_mask())
+        made.chmod(mode_for_new(0o777))
         for path in made.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
@@ -170,9 +170,3 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         raise AdapterError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-def _mask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

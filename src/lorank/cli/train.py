@@ -205,7 +205,7 @@ def _option(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
     )
 
 
-def _with_flags(command: Any) -> Any:
+def _with_flags(command: Any) -> Any:  # so that a recipe's keys, their defaults and their help stand in one place
     """Give the command a flag for every key of a recipe that is no mapping; those are for YAML and KEY=VALUE."""
     kinds = get_type_hints(Recipe)
     flags = [

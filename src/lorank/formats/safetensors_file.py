@@ -104,7 +104,7 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(partial[path]).chmod(_mode_for_new_files())
+            Path(partial[path]).chmod(mode_for_new())
         before = {path: path.read_bytes() if path.is_file() else None for path in files}
         for path in files:
             Path(partial[path]).replace(path)
@@ -132,10 +132,11 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _mode_for_new_files() -> int:
+def mode_for_new(mode: int = 0o666) -> int:
+    """Return the permissions of a new file, or of a folder (0o777), as the user wants them."""
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mode & ~mask
 
 
 def _canonical(header: Mapping[str, object]) -> bytes:

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import AdapterError
 from ..formats import Content, load, read
 from ..formats.content import outputs_of_head
@@ -79,7 +77,6 @@ def load_adapted(
     for adapter, path in places.items():
         require_trained_head(base, contents[adapter].copies, f"adapter '{adapter}'")
         load(base.model, path, adapter, activate=False, allow_other_base=allow_other_base)
-    torch.manual_seed(0)
     return Loaded(base, name, about | {"task": chosen}, places, {key: c.about for key, c in contents.items()})
 
 
