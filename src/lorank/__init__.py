@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .adapted import active_adapters, adapter_names
     from .errors import AdapterError, AdapterWarning
     from .formats import load, save
     from .health import check
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from .planning import Plan, plan
     from .surgery import activate, adapt, adapter_parameters, disabled, remove, reset
     from .training import Step, TrainConfig, TrainState, train
+    from .tree import active_adapters, adapter_names
     from .variants import LoRA
 
 __all__ = [
@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapted": ("active_adapters", "adapter_names"),
     "errors": ("AdapterError", "AdapterWarning"),
     "formats": ("load", "save"),
     "health": ("check",),
@@ -55,6 +54,7 @@ _HOMES = {
     "planning": ("Plan", "plan"),
     "surgery": ("activate", "adapt", "adapter_parameters", "disabled", "remove", "reset"),
     "training": ("Step", "TrainConfig", "TrainState", "train"),
+    "tree": ("active_adapters", "adapter_names"),
     "variants": ("LoRA",),
 }
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .adapted import base_modules
 from .surgery import adapter_parameters
+from .tree import base_modules
 
 
 @dataclass(frozen=True)

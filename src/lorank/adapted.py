@@ -7,8 +7,6 @@ The layer stays the same object with the same parameters under the same names; i
 import functools
 import inspect
 import types
-import warnings
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, cast
 
@@ -16,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from .errors import AdapterError, AdapterWarning
+from .errors import AdapterError
+from .hosts import AdditiveHost, class_host, registered_host
 from .variants import Adapter
 
 
@@ -32,6 +31,7 @@ class Adapters(nn.Module):
         self.updates: tuple[str, ...] = ()  # of these, the ones added to the layer's output
         self.stand_in: str | None = None  # of these, the copy that runs instead of the layer
         self.layer_names: dict[str, str] = {}  # what the layer is called in the model each adapter was put on
+        self.kept: dict[tuple[str, bool], Tensor] | None = None  # what was read of W + ΔW in the call that is running
         self.folded: tuple[str, ...] = ()  # names that `merged` has folded into the weights for now
         self.absent: str | None = None  # the prefix of its keys, when the checkpoint last loaded had none of them
         self.register_load_state_dict_post_hook(_allow_base_checkpoint)
@@ -53,6 +53,23 @@ class Adapters(nn.Module):
         self.updates = tuple(name for name in self.active if isinstance(self[name], Adapter))
         copies = [name for name in self.active if name not in self.updates]
         self.stand_in = copies[0] if copies else None
+
+    def read(self, layer: nn.Module, attribute: str) -> Tensor | None:
+        """Return a parameter of the layer with what the active adapters add to it, rounded once to its dtype."""
+        own = layer._parameters[attribute]
+        if own is None or not self.updates:
+            return own
+        key = attribute, torch.is_grad_enabled()
+        if self.kept is not None and key in self.kept:
+            return self.kept[key]
+        leaves = [leaf for name in self.updates for leaf in cast(Adapter, self[name]).leaves()]
+        changes = [leaf.change(layer) for leaf in leaves if leaf.attribute(layer) == attribute]
+        value: Tensor = own
+        if changes:
+            value = sum(changes, own.to(changes[0].dtype)).to(own.dtype)
+        if self.kept is not None:
+            self.kept[key] = value
+        return value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.folded:
@@ -85,45 +102,41 @@ def _allow_base_checkpoint(adapters: nn.Module, incompatible: _IncompatibleKeys)
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(prefix)]
 
 
-def refuse_in_merged_block(model: nn.Module, *args: Any) -> None:
-    """Raise before `load_state_dict` has changed anything in a `merged` block (a hook of it)."""
-    require_not_folded(model, "cannot load a state dict")
-
-
-def require_whole_checkpoint(model: nn.Module, incompatible: _IncompatibleKeys) -> None:
-    """Report adapter keys as missing when a checkpoint has them for some layers only (a hook of `load_state_dict`)."""
-    layers = {id(module): module for _, module in base_modules(model) if isinstance(module, Adapted)}.values()
-    absent = [layer.adapters for layer in layers if layer.adapters.absent is not None]
-    if len(absent) < len(layers):
-        for adapters in absent:
-            incompatible.missing_keys.extend(f"{adapters.absent}{key}" for key in adapters.state_dict())
-    elif any(not isinstance(adapters[name], Adapter) for adapters in absent for name in adapters.names):
-        warnings.warn(
-            "a checkpoint of the base was loaded; modules that an adapter trains as a copy (train_also) keep the "
-            "values they had: call lorank.reset to start them from this base",
-            AdapterWarning,
-            stacklevel=4,
-        )
-
-
 class Adapted(nn.Module):
     """Mixed in front of a layer's class; adds the active adapters to its forward."""
 
     carries_adapters = True
     adapters: Adapters
     input_name: str  # of the first parameter of the base's forward
+    reads: frozenset[str]  # parameters that are read with what the adapters add to them
+    substitutes: bool  # the base's forward runs under these; otherwise it runs as it is, and the output is added to
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = self.adapters
-        if adapters.stand_in is None:
-            output = super().forward(*args, **kwargs)
-        else:
+        if adapters.stand_in is not None:
             output = run_copy(self, adapters[adapters.stand_in], args, kwargs)
+        elif self.substitutes:
+            return self._run_under_updates(args, kwargs)
+        elif self.reads and adapters.updates:
+            host = registered_host(self)
+            assert isinstance(host, AdditiveHost), "layers of all others substitute"
+            output = host.apply(self, *args, **kwargs)
+        else:
+            output = super().forward(*args, **kwargs)
         if adapters.updates:
             x: Tensor = args[0] if args else kwargs[self.input_name]
             for name in adapters.updates:
                 output = adapters[name](self, x, output)
         return output
+
+    def _run_under_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the base's forward, which reads W + ΔW; each is computed once, however often it is read."""
+        adapters = self.adapters
+        before, adapters.kept = adapters.kept, {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            adapters.kept = before
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer as it is without adapters."""
@@ -140,7 +153,7 @@ class Adapted(nn.Module):
         if self.adapters.folded:
             raise AdapterError("cannot copy a model inside `with lorank.merged(model)`; leave the block first")
         _, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        return (_rebuild, (base_class(self), *arguments[1:]), *state)
+        return (_rebuild, (base_class(self), self.reads, self.substitutes, *arguments[1:]), *state)
 
 
 def run_copy(layer: nn.Module, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -154,16 +167,36 @@ def run_copy(layer: nn.Module, copy: nn.Module, args: tuple[Any, ...], kwargs: d
     return torch.func.functional_call(copy, rounded, args, kwargs) if rounded else copy(*args, **kwargs)
 
 
-def _rebuild(base: type[nn.Module], *arguments: Any) -> nn.Module:
-    return cast(nn.Module, base.__new__(adapted_class(base), *arguments))
+def _rebuild(base: type[nn.Module], reads: frozenset[str], substitutes: bool, *arguments: Any) -> nn.Module:
+    return cast(nn.Module, base.__new__(adapted_class(base, reads, substitutes), *arguments))
 
 
 @functools.cache
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of `base` whose instances carry adapters."""
+def adapted_class(
+    base: type[nn.Module], reads: frozenset[str] = frozenset(), substitutes: bool = False
+) -> type[nn.Module]:
+    """Return the subclass of `base` whose instances carry adapters, and whose parameters `reads` are read as W + ΔW."""
     parameters = list(inspect.signature(base.forward).parameters)
-    namespace = {"__module__": __name__, "__doc__": base.__doc__, "input_name": parameters[1] if parameters[1:] else ""}
-    return type(f"Adapted{base.__name__}", (Adapted, base), namespace)
+    host = class_host(base)
+    namespace = {
+        "__module__": __name__,
+        "__doc__": base.__doc__,
+        "input_name": parameters[1] if parameters[1:] else "",
+        "reads": reads,
+        "substitutes": substitutes,
+        **{name: _reading(name) for name in reads},
+        **(host.namespace(base) if host is not None else {}),
+    }
+    # A module that is no layer may be asked for its class's name, as transformers asks its models.
+    name = base.__name__ if host is None else f"Adapted{base.__name__}"
+    return type(name, (Adapted, base), namespace)
+
+
+def _reading(attribute: str) -> property:
+    def read(layer: Adapted) -> Tensor | None:
+        return layer.adapters.read(layer, attribute)
+
+    return property(read)  # assignment is nn.Module's, and changes the parameter
 
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
@@ -172,20 +205,42 @@ def base_class(layer: nn.Module) -> type[nn.Module]:
     return mro[mro.index(Adapted) + 1] if Adapted in mro else type(layer)
 
 
-def attach(layer: nn.Module, layer_name: str, name: str, entry: nn.Module) -> None:
+def attach(
+    layer: nn.Module, layer_name: str, name: str, entry: nn.Module, read_without_call: frozenset[str] = frozenset()
+) -> None:
     """Give a layer one more adapter, inactive and in the layer's own train or eval mode.
 
     layer_name: what the layer is called in the model that is adapted.
+    read_without_call: those of its parameters that other modules read.
     """
+    reads, substitutes = _reads(layer, entry, read_without_call)
     if not isinstance(layer, Adapted):
-        base = type(layer)
         layer.add_module("adapters", Adapters())
-        layer.__class__ = adapted_class(base)
-        _redirect(layer, base.forward, Adapted.forward)
+    if not isinstance(layer, Adapted) or (layer.reads, layer.substitutes) != (reads, substitutes):
+        _change_class(layer, adapted_class(base_class(layer), reads, substitutes))
     adapters = cast(Adapted, layer).adapters
     adapters.add_module(name, entry)
     adapters.layer_names[name] = layer_name
     adapters.train(layer.training)
+
+
+def _reads(layer: nn.Module, entry: nn.Module, read_without_call: frozenset[str]) -> tuple[frozenset[str], bool]:
+    """Return which parameters have to be read with what the adapters add to them, and whether all of it is."""
+    present = list(layer.adapters._modules.values()) if isinstance(layer, Adapted) else []
+    leaves = [leaf for e in [*present, entry] if isinstance(e, Adapter) for leaf in e.leaves()]
+    changed = {leaf.attribute(layer) for leaf in leaves}
+    before = layer.reads if isinstance(layer, Adapted) else frozenset()
+    reads = before | (read_without_call & changed)
+    substitutes = not all(leaf.adds(layer) for leaf in leaves)
+    substitutes |= bool(reads) and not isinstance(registered_host(layer), AdditiveHost)
+    return (reads | changed if substitutes else reads), substitutes
+
+
+def _change_class(layer: nn.Module, to: type[nn.Module]) -> None:
+    before = type(layer)
+    if before is not to:
+        layer.__class__ = to
+        _redirect(layer, before.forward, to.forward)
 
 
 def detach(layer: nn.Module, name: str) -> None:
@@ -198,10 +253,11 @@ def detach(layer: nn.Module, name: str) -> None:
 
 
 def _restore_class(layer: nn.Module) -> None:
-    base = base_class(layer)
     del layer._modules["adapters"]
-    layer.__class__ = base
-    _redirect(layer, Adapted.forward, base.forward)
+    _change_class(layer, base_class(layer))
+    host = registered_host(layer)
+    if host is not None:
+        host.released(layer)
 
 
 def why_not_attachable(layer: nn.Module) -> str | None:
@@ -223,7 +279,9 @@ def why_not_attachable(layer: nn.Module) -> str | None:
 
 def why_not_detachable(layer: nn.Module) -> str | None:
     """Return why a layer cannot be given back its own class; None when it can."""
-    if type(layer) is not adapted_class(base_class(layer)):
+    if isinstance(layer, Adapted) and type(layer) is not adapted_class(
+        base_class(layer), layer.reads, layer.substitutes
+    ):
         return f"its class became {type(layer).__name__} after it was adapted (sharded or parametrised)"
     return None
 
@@ -266,95 +324,3 @@ def pristine_copy(module: nn.Module) -> nn.Module:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return copy
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's model inside `torch.compile`'s and DistributedDataParallel's wrappers."""
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"the first argument must be the model, a torch.nn.Module; it is a {type(model).__name__}")
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(model._modules.get("_orig_mod"), nn.Module):  # OptimizedModule, without importing it
-            model = cast(nn.Module, model._modules["_orig_mod"])
-        else:
-            return model
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) for every module of the model and every name it goes by, but not the adapters.
-
-    `torch.compile`'s wrapper around a part of the model adds nothing to the names of what lies in it.
-    """
-
-    def walk(name: str, module: nn.Module, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
-        yield name, module
-        above = above | {id(module)}
-        for child_name, child in module._modules.items():
-            if child is None or isinstance(child, Adapters) or id(child) in above:
-                continue
-            if child_name == "_orig_mod":
-                yield from walk(name, child, above)
-            else:
-                yield from walk(f"{name}.{child_name}" if name else child_name, child, above)
-
-    return walk("", model, frozenset())
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """Return every layer that carries adapters by its (first) dotted name, in the model's order."""
-    found: dict[int, tuple[str, Adapted]] = {}
-    for name, module in base_modules(model):
-        if isinstance(module, Adapted):
-            found.setdefault(id(module), (name, module))
-    return dict(found.values())
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """Return the names of all adapters on the model, in the order in which they first occur."""
-    return list(
-        dict.fromkeys(name for layer in adapted_layers(unwrapped(model)).values() for name in layer.adapters.names)
-    )
-
-
-def active_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the adapters that are active."""
-    return list(
-        dict.fromkeys(name for layer in adapted_layers(unwrapped(model)).values() for name in layer.adapters.active)
-    )
-
-
-def entries(model: nn.Module, name: str) -> dict[str, tuple[Adapted, nn.Module]]:
-    """Return {layer name: (layer, entry)} of one adapter."""
-    return {
-        layer_name: (layer, layer.adapters[name])
-        for layer_name, layer in adapted_layers(model).items()
-        if name in layer.adapters
-    }
-
-
-def require_whole_model(model: nn.Module, name: str, action: str) -> None:
-    """Raise AdapterError for a part of the model that an adapter was put on: the rest of its base is frozen too."""
-    for layer_name, (layer, _) in entries(model, name).items():
-        full_name = layer.adapters.layer_names[name]
-        if len(full_name) > len(layer_name) and full_name.endswith(layer_name):
-            raise AdapterError(
-                f"{action}: adapter '{name}' was put on a larger model, in which '{layer_name}' is '{full_name}'; "
-                "give that one"
-            )
-
-
-def require_not_folded(model: nn.Module, action: str) -> None:
-    """Raise AdapterError inside a `merged` block, where the weights are not the base's."""
-    if any(layer.adapters.folded for layer in adapted_layers(model).values()):
-        raise AdapterError(f"{action} inside `with lorank.merged(model)`; leave the block first")
-
-
-def require_not_sharded(model: nn.Module, action: str) -> None:
-    """Raise AdapterError for a model of which each process holds a part."""
-    for name, parameter in model.named_parameters():
-        if type(parameter).__module__.startswith("torch.distributed"):
-            raise AdapterError(
-                f"{action}: {name} is a {type(parameter).__name__}, sharded over processes; save the adapter, and do "
-                "this with a whole model that has loaded it"
-            )

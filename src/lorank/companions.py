@@ -6,15 +6,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .hosts import NoHost, has_host, host_of, overrides_forward, plain_parameter, registered_host
+from .hosts import AdditiveHost, NoHost, has_host, host_of, overrides_forward, plain_parameter, registered_host
 from .variants import Adapter, materialised, on_device_of
 
 # Layers whose output is f(x) + bias, with the dimensions of the output that come after the bias's own.
 _TRAILING = {
     nn.LayerNorm: 0,
-    nn.Conv1d: 1,
-    nn.Conv2d: 2,
-    nn.Conv3d: 3,
 }
 _CHANNEL_SECOND = (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -36,6 +33,12 @@ class Parts(Adapter):
             y = cast(Adapter, adapter)(layer, x, y)
         return y
 
+    def attribute(self, layer: nn.Module) -> str:
+        raise NotImplementedError("each of the leaves changes a parameter of its own")
+
+    def change(self, layer: nn.Module) -> Tensor:
+        raise NotImplementedError("each of the leaves changes a parameter of its own")
+
     def reset_parameters(self, layer: nn.Module) -> None:
         for adapter in self.leaves():
             adapter.reset_parameters(layer)
@@ -56,6 +59,18 @@ class BiasOffset(Adapter):
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return y + broadcast_bias(layer, materialised(self.offset, y), y.dim()).to(y.dtype)
+
+    def adds(self, layer: nn.Module) -> bool:
+        host = registered_host(layer)
+        return host is None or host.additive
+
+    def attribute(self, layer: nn.Module) -> str:
+        return "bias"
+
+    def change(self, layer: nn.Module) -> Tensor:
+        bias = layer._parameters["bias"]
+        assert bias is not None, "it was there when this was made"
+        return materialised(self.offset, bias)
 
     def reset_parameters(self, layer: nn.Module) -> None:
         self.offset = on_device_of(self.offset, plain_parameter(layer, "bias"))
@@ -88,7 +103,7 @@ def why_no_bias_offset(layer: nn.Module) -> str | None:
 def broadcast_bias(layer: nn.Module, bias: Tensor, dimensions: int) -> Tensor:
     """View a vector like the layer's bias so that it broadcasts against an output of so many dimensions."""
     host = registered_host(layer)
-    if host is not None:
+    if isinstance(host, AdditiveHost):
         return host.channel(layer, "weight", bias)
     trailing = _trailing_dimensions(layer, dimensions)
     return bias.view(*bias.shape, *[1] * trailing) if trailing else bias

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .adapted import Adapted, base_modules
+from .adapted import Adapted
 from .errors import enumerate_names
 from .hosts import overrides_forward
-from .targets import Names, Selection, find_modules, lies_in
+from .names import Names, find_modules, lies_in
+from .targets import Selection
+from .tree import base_modules
 
 
 def find_copies(
@@ -66,9 +68,9 @@ def why_not_copyable(name: str, names: Names, adapted: set[str]) -> str | None:
         return f"{name} has no parameters"
     if any(type(hook).__module__.startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()):
         return f"{name}: a hook computes its weight (pruned or normalised); make that permanent first"
-    unread = names.why_unread(name)
-    if unread:
-        return f"{name}: {unread}"
+    read = [n for n in names.modules if lies_in(n, [name]) and names.read_without_call(n, above=name)]
+    if read:
+        return f"{read[0]} is read by a module above it without being called, so that a copy of it would have no effect"
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict | nn.Sequential):
         return f"{name} is a {type(module).__name__}, which runs whatever lies in it; name the modules in it"
     if name in adapted:

@@ -50,7 +50,7 @@ class Comparison:
 
 
 def fingerprint(W: Tensor) -> Fingerprint:
-    """Return the fingerprint of a dense matrix (out, in)."""
+    """Return the fingerprint of a dense matrix (out, in), or of a stack of them."""
     return Fingerprint(dtype_name(W.dtype), _checksum(W), _sample(W))
 
 
@@ -77,16 +77,18 @@ def compare(then: Fingerprint, W: Tensor) -> Comparison:
 def _checksum(W: Tensor) -> int:
     """Return the sum of all bit patterns, each row times its number; whole numbers, so that no order matters."""
     bits = W.detach().view(_BITS[W.element_size()])
-    rows = bits.sum(dim=1, dtype=torch.int64)
+    rows = bits.sum(dim=-1, dtype=torch.int64).flatten()
     return int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())
 
 
 def _sample(W: Tensor) -> Tensor:
     # Multiples of two irrational numbers, modulo 1, spread evenly over rows and columns of any shape.
     count = torch.arange(1, SAMPLES + 1, dtype=torch.float64, device="cpu")
-    rows = (count * 0.6180339887498949 % 1 * W.shape[0]).long()
-    columns = (count * 0.7548776662466927 % 1 * W.shape[1]).long()
-    return W.detach()[rows.to(W.device), columns.to(W.device)].float().cpu()
+    number, columns_ = W.shape[:-1].numel(), W.shape[-1]
+    rows = (count * 0.6180339887498949 % 1 * number).long()
+    columns = (count * 0.7548776662466927 % 1 * columns_).long()
+    index = [*torch.unravel_index(rows, W.shape[:-1]), columns]
+    return W.detach()[tuple(i.to(W.device) for i in index)].float().cpu()
 
 
 def _epsilon(dtype: str) -> float:

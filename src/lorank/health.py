@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .adapted import active_adapters, adapter_names, base_modules, entries, unwrapped
 from .errors import AdapterError, enumerate_names, raise_problems
 from .surgery import adapter_parameters, named_or_active
+from .tree import active_adapters, adapter_names, base_modules, entries, unwrapped
 from .variants import Adapter, LoRAAdapter
 
 

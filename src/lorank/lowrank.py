@@ -1,6 +1,7 @@
 """Arithmetic on plain matrices: initialise, multiply out, stack into blocks and split again.
 
-Shapes, everywhere in lorank: W, ΔW (out, in) · A (rank, in) · B (out, rank) · ΔW = scale · B @ A.
+Shapes, everywhere in lorank: W, ΔW (out, in) · A (rank, in) · B (out, rank) · ΔW = scale · B @ A. A stack of matrices
+has their number in front of each of these.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ INITIALISATIONS = ("kaiming", "gaussian")
 
 
 def initialise(A: Tensor, B: Tensor, method: str, lookup: bool = False) -> None:
-    """Fill A (rank, in) and B (out, rank) in place so that B @ A = 0.
+    """Fill A (..., rank, in) and B (..., out, rank) in place so that B @ A = 0.
 
     `kaiming` is what the authors' code does: A ~ U(±1/√in), B = 0. `gaussian` is the paper's section 4.1,
     which gives no standard deviation; 1/rank is the one PEFT takes. With `lookup` (an embedding, whose input
@@ -25,9 +26,9 @@ def initialise(A: Tensor, B: Tensor, method: str, lookup: bool = False) -> None:
         nn.init.normal_(B)
         return
     if method == "kaiming":
-        nn.init.kaiming_uniform_(A, a=5**0.5)
+        nn.init.kaiming_uniform_(A.flatten(0, -2), a=5**0.5)
     else:
-        nn.init.normal_(A, std=1 / A.shape[0])
+        nn.init.normal_(A, std=1 / A.shape[-2])
     nn.init.zeros_(B)
 
 
@@ -45,8 +46,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return ΔW = scale · B @ A, (out, in), formed in float32 (float64 when a factor is)."""
-    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     with full_precision(A.device):
+        return product(A, B, scale)
+
+
+def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return scale · B @ A, (out, in), in float32 or wider, in the precision that is set for matrix products."""
+    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    with torch.autocast(A.device.type, enabled=False):
         return scale * (B.to(dtype) @ A.to(dtype))
 
 

@@ -8,23 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapted import (
-    Adapted,
-    adapted_layers,
-    base_modules,
-    detach,
-    entries,
-    require_not_folded,
-    require_not_sharded,
-    require_whole_model,
-    unwrapped,
-    why_not_detachable,
-)
+from .adapted import Adapted, detach, why_not_detachable
 from .companions import BiasOffset
 from .errors import AdapterWarning, dtype_name, raise_problems
 from .hosts import FusedHost, Host, NoHost, host_of, plain_parameter
 from .surgery import named_or_active, thaw_base, why_not_together
 from .ties import Ties
+from .tree import (
+    adapted_layers,
+    base_modules,
+    entries,
+    require_not_folded,
+    require_not_sharded,
+    require_whole_model,
+    unwrapped,
+)
 from .variants import Adapter, LoRAAdapter, Update
 
 # A layer that loses more than this share of its update to rounding is worth a warning.
@@ -85,7 +83,7 @@ class _Job:
         """Return the layer's own tensors that folding writes."""
         if self.stand_in is not None:
             return [tensor for _, tensor in _base_tensors(self.layer)]
-        weights = [updates[0].host.weight(self.layer) for updates in self.updates.values()]
+        weights = [updates[0].host.weight(self.layer, updates[0].part) for updates in self.updates.values()]
         biases = [plain_parameter(self.layer, "bias")] if self.offsets else []
         return list({id(tensor): tensor for tensor in weights + biases}.values())
 
@@ -224,7 +222,7 @@ def _job_problems(job: _Job, ties: Ties) -> list[str]:
     if used:
         problems.append(f"modules in {job.name} are also used as {', '.join(used)}, which merging would change too")
     try:
-        if job.updates:
+        if any(update.host.additive for updates in job.updates.values() for update in updates):
             host_of(job.layer)  # a subclass that was adapted on the meta device could not be looked at before
     except NoHost as error:
         problems.append(f"{job.name}: {error}")
@@ -297,7 +295,7 @@ def _fold(job: _Job) -> list[MergeRow]:
 def fold(name: str, layer: nn.Module, host: Host, part: str, before: Tensor, update: Tensor) -> MergeRow:
     """Write `before + update` (out, in) into a layer, rounded once, and return what that cost."""
     host.write(layer, part, before + update)
-    label = f"{name}[{part}]" if isinstance(host, FusedHost) else name
+    label = name if part == "weight" else f"{name}[{part}]"
     return _row(label, before, update, host.matrix(layer, part))
 
 

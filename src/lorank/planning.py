@@ -11,12 +11,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .adapted import Adapters, adapter_names, base_class, unwrapped, why_not_attachable
+from .adapted import Adapters, base_class, why_not_attachable
 from .companions import why_no_bias_offset
 from .copies import count, find_copies, moving_statistics, own_parameters
 from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
 from .hosts import Host, NoHost
-from .targets import Names, Selection, Targets, find_modules, lies_in, parse_parts, select
+from .names import Names, find_modules, lies_in
+from .targets import BARE_PARAMETER, OUTPUT_HEAD, Selection, Targets, parse_parts, select
+from .tree import adapter_names, unwrapped
 from .variants import Spec
 
 Bias = Literal["none", "adapted", "all"]
@@ -31,7 +33,7 @@ class Place:
     layer: nn.Module = dataclasses.field(repr=False)
     host: Host = dataclasses.field(repr=False)
     spec: Spec
-    shape: tuple[int, int]  # (out, in)
+    shape: tuple[int, ...]  # (out, in), or (number, out, in) of a stack
 
     @property
     def parameters(self) -> int:
@@ -160,12 +162,7 @@ def plan(
     places = []
     for layer_name, parts in selection.layers.items():
         places += _places(layer_name, parts, specs[layer_name], names, problems)
-    for place in places:
-        limit = min(place.shape)
-        if place.spec.rank > limit:
-            notes.append(
-                f"{place.label}: rank {place.spec.rank} is above the layer's own, {limit}; the update cannot use more"
-            )
+    notes += _ranks_above_the_layers_own(places)
     biases = _find_biases(bias, names, selection, copies, problems)
     notes += moving_statistics(names, copies)
     for layer_name in [*selection.layers, *copies, *biases]:
@@ -192,7 +189,7 @@ def warn(plan: Plan, stacklevel: int = 3) -> None:
         warnings.warn(text, AdapterWarning, stacklevel=stacklevel)
     passed: dict[str, list[str]] = {}
     for name, reason in plan.left_out.items():
-        if reason != "output head":
+        if reason not in (OUTPUT_HEAD, BARE_PARAMETER):
             passed.setdefault(reason, []).append(name)
     if passed:
         text = "; ".join(f"{enumerate_names(layers, 3)}: {reason}" for reason, layers in passed.items())
@@ -211,6 +208,19 @@ def name_problems(model: nn.Module, name: str) -> list[str]:
             f"adapter name '{name}' is taken (adapters here: {', '.join(taken)}); choose another or remove it first"
         ]
     return []
+
+
+def _ranks_above_the_layers_own(places: Sequence[Place]) -> list[str]:
+    """Return a warning for each rank and limit, however many layers there are of it."""
+    above: dict[tuple[int, int], list[str]] = {}
+    for place in places:
+        limit = min(place.shape[-2:])
+        if place.spec.rank > limit:
+            above.setdefault((place.spec.rank, limit), []).append(place.label)
+    return [
+        f"{enumerate_names(labels, 3)}: rank {rank} is above the layer's own, {limit}; the update cannot use more"
+        for (rank, limit), labels in above.items()
+    ]
 
 
 def _specs_by_layer(
@@ -249,11 +259,8 @@ def _specs_by_layer(
 def _places(name: str, parts: tuple[str, ...] | None, spec: Spec, names: Names, problems: list[str]) -> list[Place]:
     layer = names.modules[name]
     try:
-        host = names.host(name, by_parts=parts is not None)
+        host = names.host(name, parts)
         known = host.parts(layer)
-        unknown = [part for part in parts or () if part not in known]
-        if unknown:
-            raise NoHost(f"it has no part {enumerate_names(unknown)}; its parts are {', '.join(known)}")
         wanted = known if parts is None else tuple(part for part in known if part in parts)
         return [Place(name, part, layer, host, spec, host.shape(layer, part)) for part in wanted]
     except NoHost as error:
@@ -276,13 +283,13 @@ def _find_biases(
         module = names.modules[name]
         if lies_in(name, copies) or name in selection.excluded:
             continue
-        if bias == "all":
+        if bias == "all" or name in selection.layers:
             others = [key for key, p in module._parameters.items() if p is not None and "bias" in key and key != "bias"]
             if others:
-                problems.append(f"bias='all' cannot train {name}.{others[0]}; exclude it with '!{name}'")
+                problems.append(f"bias='{bias}' cannot train {name}.{others[0]}; exclude it with '!{name}'")
         if module._parameters.get("bias") is None:
             continue
-        reason = names.why_unread(name) or why_no_bias_offset(module)
+        reason = why_no_bias_offset(module)
         if reason is not None:
             refused[name] = reason
         elif names.canonical[name] == name:

@@ -10,7 +10,6 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .adapted import base_modules
 from .checkpoints import Checkpoint, Slot, appearing_whole, copy_companions, write_index, write_shard
 from .errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
 from .fingerprint import Comparison, compare
@@ -18,9 +17,20 @@ from .formats.content import Content, LayerUpdate, factor_problems, located, oth
 from .hosts import Host
 from .lowrank import delta
 from .merging import MergeReport, MergeRow, fold, warn_of_rounding, wide
+from .names import Names
 from .planning import Place
-from .targets import Names
 from .ties import Ties
+from .tree import base_modules
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What changes one weight of the checkpoint."""
+
+    layer: str
+    host: Host
+    update: LayerUpdate
+    parts: list[str]  # of the update, those that lie in this weight
 
 
 @dataclass
@@ -29,7 +39,7 @@ class _Job:
 
     model: nn.Module  # on the meta device
     written_as: dict[str, str]  # key in the checkpoint -> key in the result
-    updates: dict[str, tuple[str, Host, LayerUpdate]] = field(default_factory=dict)  # by key of the weight: layer, ...
+    updates: dict[str, "_Update"] = field(default_factory=dict)  # by key of the weight
     values: dict[str, Tensor] = field(default_factory=dict)  # biases and copies, by key: written as they are
     brought: dict[str, list[Tensor]] = field(default_factory=dict)  # what the adapter says the base has, by key
     rows: list[MergeRow] = field(default_factory=list)
@@ -156,18 +166,19 @@ def _find_updates(job: _Job, content: Content, places: _Places) -> list[str]:
     """Put the low-rank updates into the job, by the weight that each changes; return what is wrong."""
     problems: list[str] = []
     for name, host, update in located(content, places.names, problems):
-        layer, key = places.names.modules[name], f"{name}.weight"
+        layer = places.names.modules[name]
         for part, (A, B) in update.factors.items():
             problems += factor_problems(Place(name, part, layer, host, update.spec, host.shape(layer, part)), A, B)
-        others = places.ties.others(layer, host.weight(layer))
-        if others:
-            problems.append(f"{name} shares its weight with {', '.join(others)}, which merging would change too")
-        if key not in places.present:
-            problems.append(
-                f"the checkpoint has no {key}; {did_you_mean(key, places.present)}. Where it keeps weights under other "
-                "names or stacked, --in-memory merges in the loaded model"
-            )
-        job.updates[key] = (name, host, update)
+            others = places.ties.others(layer, host.weight(layer, part))
+            if others:
+                problems.append(f"{name} shares its weight with {', '.join(others)}, which merging would change too")
+            key = f"{name}.{host.attribute(layer, part)}".removeprefix(".")
+            if key not in places.present:
+                problems.append(
+                    f"the checkpoint has no {key}; {did_you_mean(key, places.present)}. Where it keeps weights under "
+                    "other names or stacked, --in-memory merges in the loaded model"
+                )
+            job.updates.setdefault(key, _Update(name, host, update, [])).parts.append(part)
     return problems
 
 
@@ -258,9 +269,11 @@ def _written_as(keys: list[str], own: dict[str, Tensor], prefix: str) -> dict[st
 @torch.no_grad()
 def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Tensor:
     """Return a weight with its updates folded in."""
-    name, host, update = job.updates[slot.name]
+    change = job.updates[slot.name]
+    name, host, update = change.layer, change.host, change.update
     layer = job.model.get_submodule(name)
-    placeholder = layer._parameters["weight"]
+    attribute = slot.name.rpartition(".")[2]
+    placeholder = layer._parameters[attribute]
     assert placeholder is not None
     if placeholder.shape != tensor.shape:
         raise AdapterError(
@@ -268,22 +281,23 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
             "the model that its config.json describes"
         )
     try:
-        layer._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
-        before = {part: wide(host.matrix(layer, part)) for part in update.factors}  # stays: a copy is written to
-        for part, then in update.fingerprints.items():
-            label = name if part == "weight" else f"{name}[{part}]"
-            job.compared[label] = compare(then, host.matrix(layer, part))
+        layer._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        before = {part: wide(host.matrix(layer, part)) for part in change.parts}  # stays: a copy is written to
+        for part in change.parts:
+            if part in update.fingerprints:
+                label = name if part == "weight" else f"{name}[{part}]"
+                job.compared[label] = compare(update.fingerprints[part], host.matrix(layer, part))
         if not allow_other_base and any(not found.same for found in job.compared.values()):
             raise_problems("cannot merge", other_base(job.compared, False, []))
-        layer._parameters["weight"] = nn.Parameter(tensor.to(slot.dtype, copy=True), requires_grad=False)
-        for part, (A, B) in update.factors.items():
-            change = delta(A, B, update.spec.scale)
-            job.rows.append(fold(name, layer, host, part, before[part], change))
-        weight = layer._parameters["weight"]
+        layer._parameters[attribute] = nn.Parameter(tensor.to(slot.dtype, copy=True), requires_grad=False)
+        for part in change.parts:
+            A, B = update.factors[part]
+            job.rows.append(fold(name, layer, host, part, before[part], delta(A, B, update.spec.scale)))
+        weight = layer._parameters[attribute]
         assert weight is not None
         return _finite(weight.detach(), slot.name)
     finally:
-        layer._parameters["weight"] = placeholder
+        layer._parameters[attribute] = placeholder
 
 
 def _require_own(job: _Job, name: str, tensor: Tensor) -> None:

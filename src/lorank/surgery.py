@@ -7,27 +7,25 @@ import torch
 from torch import nn
 
 from . import planning
-from .adapted import (
+from .adapted import attach, detach, pristine_copy, why_not_detachable
+from .companions import BiasOffset, join
+from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
+from .names import Names
+from .planning import Bias, Plan
+from .targets import Targets
+from .tree import (
     active_adapters,
     adapted_layers,
     adapter_names,
-    attach,
     base_modules,
-    detach,
     entries,
-    pristine_copy,
     refuse_in_merged_block,
     require_not_folded,
     require_not_sharded,
     require_whole_checkpoint,
     require_whole_model,
     unwrapped,
-    why_not_detachable,
 )
-from .companions import BiasOffset, join
-from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
-from .planning import Bias, Plan
-from .targets import Targets
 from .variants import Adapter, Spec, on_device_of
 
 # Where a model keeps the names of the parameters that `adapt` froze, to thaw them when the last adapter goes.
@@ -93,10 +91,11 @@ def require_no_inference_mode(action: str) -> None:
 def install(model: nn.Module, name: str, built: Mapping[str, tuple[nn.Module, nn.Module]], *, activate: bool) -> None:
     """Freeze the base and attach finished adapters, {layer name: (layer, entry)}; a failure is taken back."""
     attached: list[nn.Module] = []
+    names = Names(model)
     freeze_base(model)
     try:
         for layer_name, (layer, entry) in built.items():
-            attach(layer, layer_name, name, entry)
+            attach(layer, layer_name, name, entry, names.read_without_call(layer_name))
             attached.append(layer)
     except BaseException:
         for layer in attached:

@@ -3,7 +3,8 @@
 "q_proj"                 whole dotted components from the end of a layer's name
 "layers.*.q_proj"        the same, where * stands for any text
 "re:.*(q|v)_proj"        a regular expression that the whole name must match
-"c_attn[q,v]"            parts of a fused projection
+"c_attn[q,v]"            parts of a fused projection, or of an attention: "self_attn[q,out]"
+"experts.gate_up_proj"   a parameter of two or three dimensions that belongs to no layer
 "all-linear"             every linear-like layer but the output head
 "attention"              the query, key, value and output projections of every attention
 lambda name, layer: ...  a function
@@ -17,9 +18,13 @@ from typing import TypeAlias
 
 from torch import nn
 
-from .adapted import base_modules
-from .errors import did_you_mean, enumerate_names, nearest
-from .hosts import FusedHost, Host, NoHost, has_host, host_of, layout_of, read_without_call
+from .errors import enumerate_names, nearest
+from .hosts import PARAMETER, NoHost, has_host, host_of, registered_host
+from .names import Names, find_modules, lies_in
+
+# Why `all-linear` passes something over, where that is as it should be.
+OUTPUT_HEAD = "output head"
+BARE_PARAMETER = "a parameter of no layer; name it to adapt it"
 
 Target: TypeAlias = str | Callable[[str, nn.Module], bool]
 Targets: TypeAlias = Target | Sequence[Target]
@@ -46,76 +51,6 @@ class Selection:
     left_out: dict[str, str] = field(default_factory=dict)  # layer name -> why a word ("all-linear") passed it over
     excluded: set[str] = field(default_factory=set)  # every module name that a "!" names
     problems: list[str] = field(default_factory=list)
-
-
-class Names:
-    """All modules of a model by every name they go by; the first name of each is the one that counts."""
-
-    def __init__(self, model: nn.Module):
-        self.modules: dict[str, nn.Module] = {}
-        self.canonical: dict[str, str] = {}
-        first: dict[int, str] = {}
-        for name, module in base_modules(model):
-            self.modules[name] = module
-            self.canonical[name] = first.setdefault(id(module), name)
-
-    def parent(self, name: str) -> tuple[nn.Module | None, str]:
-        """Return the module that holds `name`, and the name it has there."""
-        path, _, child = name.rpartition(".")
-        return (self.modules[path] if name else None), child
-
-    def matching(self, pattern: str) -> list[str]:
-        """Return the first names of the modules that a name or pattern selects, in the model's order."""
-        matches = matcher(pattern)
-        return list(dict.fromkeys(self.canonical[name] for name in self.modules if name and matches(name)))
-
-    def host(self, name: str, by_parts: bool = False) -> Host:
-        """Return the host of a layer, or of the parts of its fused projection; raises NoHost with the reason."""
-        layer = self.modules[name]
-        host = host_of(layer)
-        if not by_parts:
-            return host
-        owner, child = self.parent(name)
-        if owner is None:
-            raise NoHost("it stands alone, and the layout of its parts is known by the module that holds it")
-        return FusedHost(host, layout_of(owner, child, layer, host.shape(layer, "weight")[0]))
-
-    def endings(self, kind: Callable[[nn.Module], bool] = lambda module: True) -> list[str]:
-        """Return the last components of the names of all modules of a kind, most frequent first."""
-        counts: dict[str, int] = {}
-        for name, module in self.modules.items():
-            ending = name.rpartition(".")[2]
-            if ending and not ending.isdigit() and kind(module):
-                counts[ending] = counts.get(ending, 0) + 1
-        return sorted(counts, key=lambda ending: -counts[ending])
-
-    def why_unread(self, name: str) -> str | None:
-        """Return why a change of the module of this name would have no effect; None when it would have one."""
-        above = []
-        while name:
-            name = name.rpartition(".")[0]
-            above.append(self.modules[name])
-        return read_without_call(above)
-
-    def why_not(self, name: str) -> str | None:
-        """Return why the layer of this name cannot be adapted; None when it can."""
-        reason = self.why_unread(name)
-        if reason is None:
-            try:
-                host_of(self.modules[name])
-            except NoHost as error:
-                reason = str(error)
-        return reason
-
-
-def matcher(pattern: str) -> Callable[[str], bool]:
-    """Return the test for a name or pattern; raises `re.error` for a bad regular expression."""
-    if pattern.startswith("re:"):
-        expression = re.compile(pattern[3:])
-    else:
-        text = ".*".join(re.escape(piece) for piece in pattern.split("*"))
-        expression = re.compile(rf"(?:.*\.)?{text}", re.DOTALL)
-    return lambda name: expression.fullmatch(name) is not None
 
 
 def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
@@ -160,17 +95,6 @@ def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
     return selection
 
 
-def find_modules(pattern: str, names: Names) -> tuple[list[str], str | None]:
-    """Return the names of the modules of any kind that a pattern selects, or a problem."""
-    try:
-        found = names.matching(pattern)
-    except re.error as error:
-        return [], f"'{pattern}' is not a regular expression: {error}"
-    if found:
-        return found, None
-    return [], f"'{pattern}' names no module; {did_you_mean(pattern, names.endings(), 'modules here end in')}"
-
-
 def parse_parts(target: str) -> tuple[str, tuple[str, ...] | None]:
     """Split "c_attn[q,v]" into "c_attn" and ("q", "v"); a target without parts gives None for them."""
     match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\]", target) if not target.startswith("re:") else None
@@ -186,11 +110,6 @@ def output_heads(model: nn.Module, names: Names) -> set[str]:
     output = find() if callable(find) else None
     tops |= {name for name, module in names.modules.items() if name and module is output}
     return {names.canonical[name] for name in names.modules if lies_in(name, tops)}
-
-
-def lies_in(name: str, tops: Iterable[str]) -> bool:
-    """Tell whether a dotted name is one of `tops`, or of something in one of them."""
-    return any(name == top or name.startswith(top + ".") for top in tops)
 
 
 def _exclude(target: str, model: nn.Module, names: Names, selection: Selection) -> None:
@@ -211,7 +130,18 @@ def _exclude(target: str, model: nn.Module, names: Names, selection: Selection) 
         selection.excluded.update(names.canonical[name] for name in names.modules if lies_in(name, [top]))
 
 
-def _add(name: str, parts: tuple[str, ...] | None, selection: Selection) -> None:
+def _add(name: str, parts: tuple[str, ...] | None, names: Names, selection: Selection) -> None:
+    """Select a layer, or parts of it; a part that is a layer inside it is selected as that."""
+    host = registered_host(names.modules[name])
+    children = host.children(names.modules[name]) if host is not None else {}
+    for part, child in children.items():
+        inner = f"{name}.{child}"
+        if (parts is None or part in parts) and names.canonical[inner] not in selection.excluded:
+            _add(names.canonical[inner], None, names, selection)
+    if parts is not None and children:
+        parts = tuple(part for part in parts if part not in children)
+        if not parts:
+            return
     if name in selection.layers:
         before = selection.layers[name]
         if (before is None) != (parts is None):
@@ -231,13 +161,18 @@ def _select_by_name(target: str, names: Names, selection: Selection) -> None:
     is_pattern = pattern.startswith("re:") or "*" in pattern
     chosen = [name for name in found if has_host(names.modules[name])] if is_pattern else found
     chosen = [name for name in chosen if name not in selection.excluded]
-    if not chosen and not (found and selection.excluded.issuperset(found)):
+    bare = [] if parts is not None else names.parameters_matching(pattern)
+    for owner, parameter in bare:
+        if owner not in selection.excluded:
+            _add_parameter(owner, parameter, names, selection)
+    everything = [*found, *(owner for owner, _ in bare)]
+    if not chosen and not bare and not (found and selection.excluded.issuperset(everything)):
         selection.problems.append(f"target '{target}' selects no layer; {_hint(pattern, names)}")
     refused: dict[str, list[str]] = {}
     for name in chosen:
-        reason = names.why_not(name)
+        reason = names.why_not(name, parts)
         if reason is None:
-            _add(name, parts, selection)
+            _add(name, parts, names, selection)
         else:
             refused.setdefault(reason, []).append(name)
     for reason, layers in refused.items():
@@ -246,6 +181,18 @@ def _select_by_name(target: str, names: Names, selection: Selection) -> None:
         selection.problems.append(
             f"target '{target}' selects {enumerate_names(layers, 3)}, which cannot be adapted: {reason}{hint}"
         )
+
+
+def _add_parameter(owner: str, parameter: str, names: Names, selection: Selection) -> None:
+    """Select a parameter by its own name: as the part of its layer that it is, or as a part of the module it is in."""
+    try:
+        host = host_of(names.modules[owner])
+        if host.parts(names.modules[owner]) == ("weight",) and parameter == "weight":
+            _add(owner, None, names, selection)
+            return
+    except NoHost:
+        pass
+    _add(owner, (parameter,), names, selection)
 
 
 def _hint(pattern: str, names: Names) -> str:
@@ -269,7 +216,7 @@ def _select_by_function(target: Callable[[str, nn.Module], bool], names: Names, 
     for name in chosen:
         reason = names.why_not(name)
         if reason is None:
-            _add(name, None, selection)
+            _add(name, None, names, selection)
         else:
             selection.problems.append(f"{name}, which the function selects, cannot be adapted: {reason}")
 
@@ -287,16 +234,29 @@ def _select_all_linear(model: nn.Module, names: Names, selection: Selection) -> 
     heads = output_heads(model, names)
     chosen = 0
     for name in candidates:
-        reason = "output head" if name in heads else names.why_not(name)
+        reason = OUTPUT_HEAD if name in heads else names.why_not(name)
         if reason is None:
-            _add(name, None, selection)
+            _add(name, None, names, selection)
             chosen += 1
         elif name not in selection.excluded:
             selection.left_out[name] = reason
+    selection.left_out.update(dict.fromkeys(_bare_parameters(names), BARE_PARAMETER))
     if not chosen:
         reasons = dict.fromkeys(selection.left_out.get(name, "excluded") for name in candidates)
         what = f"no linear layer to adapt in this model{': ' if reasons else ''}{'; '.join(reasons)}"
         selection.problems.append(f"target 'all-linear' finds {what}")
+
+
+def _bare_parameters(names: Names) -> list[str]:
+    """Return the names of matrices, and stacks of them, that belong to no layer that lorank knows."""
+    return [
+        f"{name}.{key}" if name else key
+        for name, module in names.modules.items()
+        if names.canonical[name] == name and not has_host(module)
+        for key in PARAMETER.parts(module)
+        if module._parameters[key].dim() < 4  # pyright: ignore[reportOptionalMemberAccess]
+        if min(module._parameters[key].shape) > 1  # pyright: ignore[reportOptionalMemberAccess]
+    ]
 
 
 def _select_attention(model: nn.Module, names: Names, selection: Selection) -> None:
@@ -304,7 +264,10 @@ def _select_attention(model: nn.Module, names: Names, selection: Selection) -> N
     linear = _linear_like(names)
     chosen: set[str] = set()
     for attention in attentions:
-        inside = [name for name in linear if name != attention and lies_in(name, [attention])]
+        if attention in linear:
+            chosen.add(attention)
+            continue
+        inside = [name for name in linear if lies_in(name, [attention])]
         projections = [name for name in inside if name.rpartition(".")[2] in _PROJECTIONS]
         if inside and not projections:
             endings = dict.fromkeys(name.rpartition(".")[2] for name in inside)
@@ -317,7 +280,7 @@ def _select_attention(model: nn.Module, names: Names, selection: Selection) -> N
         if name in chosen:
             reason = names.why_not(name)
             if reason is None:
-                _add(name, None, selection)
+                _add(name, None, names, selection)
             else:
                 selection.left_out[name] = reason
     if not chosen:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .adapted import base_modules
+from .tree import base_modules
 
 
 class Ties:

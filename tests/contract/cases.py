@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,86 @@ class Between(nn.Module):
         return self.after(self.layer(self.before(x)))
 
 
+class Images(nn.Module):
+    """A layer with channels in front of its places, and a norm of the channels behind it."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.before = nn.GroupNorm(1, layer.in_channels)  # pyright: ignore[reportArgumentType]
+        self.layer = layer
+        self.after = nn.GroupNorm(2, layer.out_channels)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.layer(self.before(x)))
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention from a sequence to another."""
+
+    def __init__(self, kdim: int | None = None, vdim: int | None = None, **options: Any):
+        super().__init__()
+        self.keys = nn.Linear(12, kdim or 12)
+        self.values = nn.Linear(12, vdim or 12)
+        self.attention = nn.MultiheadAttention(12, 3, kdim=kdim, vdim=vdim, **options)
+        self.after = nn.LayerNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, weights = self.attention(x, self.keys(x), self.values(x))
+        return self.after(output) + weights.sum()
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer with a norm behind it."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self.after = nn.LayerNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.layer(x)[0])
+
+
+class Pair(nn.Module):
+    """A layer of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(10, 10, 12)
+        self.after = nn.LayerNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.layer(x, x.flip(-1)))
+
+
+class GroupedExperts(nn.Module):
+    """A mixture of experts as parameters, (experts, out, in) or (experts, in, out), of which each row uses two."""
+
+    def __init__(self, is_transposed: bool):
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.randn(4, 10, 14) if is_transposed else torch.randn(4, 14, 10))
+        self.down = nn.Parameter(torch.randn(4, 14, 12) if is_transposed else torch.randn(4, 12, 14))
+        self.after = nn.LayerNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (w if self.is_transposed else w.mT for w in (self.up, self.down))
+        z = torch.einsum("...i,eio->...eo", x, up).tanh()
+        return self.after(torch.einsum("...ei,eio->...o", z, down))
+
+
+class Mixture(nn.Module):
+    """Experts and a matrix, both plain parameters."""
+
+    def __init__(self, is_transposed: bool = False):
+        super().__init__()
+        self.projection = nn.Parameter(torch.randn(10, 10))
+        self.experts = GroupedExperts(is_transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x @ self.projection)
+
+
 class Logits(nn.Module):
     """A transformers model as a function from ids to logits."""
 
@@ -47,6 +128,7 @@ class Case:
     targets: list[str]
     inputs: Callable[[], Tensor]
     has_bias: bool = True
+    compiles: bool = True  # the base does: torch.compile and torch.export know nothing of some layers
 
     def model(self) -> nn.Module:
         return self.build().eval()
@@ -54,6 +136,10 @@ class Case:
 
 def _features() -> Tensor:
     return torch.randn(3, 5, 10)
+
+
+def _tokens() -> Tensor:
+    return torch.randn(3, 5, 12)
 
 
 def _conv1d() -> nn.Module:
@@ -82,6 +168,10 @@ def _neox() -> nn.Module:
     return Logits(GPTNeoXForCausalLM(config))
 
 
+def _places(*sizes: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(2, *sizes)
+
+
 CASES: dict[str, Case] = {
     "linear": Case(lambda: Between(nn.Linear(10, 12), nn.LayerNorm(10)), ["layer"], _features),
     "linear-without-bias": Case(
@@ -101,6 +191,56 @@ CASES: dict[str, Case] = {
     "fused-contiguous": Case(lambda: Logits(gpt2()), ["c_attn[q,v]"], ids),
     "fused-grouped-query": Case(_phi3, ["qkv_proj[q,k]", "gate_up_proj[up]"], ids, has_bias=False),
     "fused-interleaved": Case(_neox, ["query_key_value[k,v]"], ids),
+    "conv-1d": Case(lambda: Images(nn.Conv1d(6, 8, 3, padding=1)), ["layer"], _places(6, 9)),
+    "conv-2d": Case(
+        lambda: Images(nn.Conv2d(6, 8, (3, 2), stride=2, padding=1, dilation=(1, 2), padding_mode="reflect")),
+        ["layer"],
+        _places(6, 9, 8),
+    ),
+    "conv-3d": Case(lambda: Images(nn.Conv3d(4, 6, 2, bias=False)), ["layer"], _places(4, 4, 4, 4), has_bias=False),
+    "conv-grouped": Case(lambda: Images(nn.Conv2d(6, 9 * 2, 3, groups=3)), ["layer"], _places(6, 6, 6)),
+    "conv-depthwise": Case(lambda: Images(nn.Conv1d(8, 8, 4, groups=8, padding=3)), ["layer"], _places(8, 7)),
+    "conv-transpose-1d": Case(lambda: Images(nn.ConvTranspose1d(6, 8, 3)), ["layer"], _places(6, 9)),
+    "conv-transpose-2d": Case(
+        lambda: Images(nn.ConvTranspose2d(6, 8, 3, stride=(2, 3), padding=1, output_padding=(1, 0))),
+        ["layer"],
+        _places(6, 5, 4),
+    ),
+    "conv-transpose-3d": Case(lambda: Images(nn.ConvTranspose3d(4, 6, 2)), ["layer"], _places(4, 3, 3, 3)),
+    "conv-transpose-grouped": Case(
+        lambda: Images(nn.ConvTranspose1d(6, 8, 3, groups=2, stride=2, dilation=2)), ["layer"], _places(6, 5)
+    ),
+    "attention": Case(lambda: Attention(batch_first=True), ["attention[q,v]"], _tokens, has_bias=False),
+    "attention-output": Case(lambda: Attention(), ["attention[out]"], _tokens),
+    "attention-unequal": Case(
+        lambda: Attention(kdim=7, vdim=5, bias=False, add_bias_kv=True), ["attention"], _tokens, has_bias=False
+    ),
+    "lstm": Case(
+        lambda: Recurrent(nn.LSTM(10, 6, num_layers=2, bidirectional=True, bias=False)),
+        ["layer"],
+        _features,
+        has_bias=False,
+        compiles=False,
+    ),
+    "lstm-projected": Case(
+        lambda: Recurrent(nn.LSTM(10, 14, proj_size=12, bias=False)),
+        ["layer"],
+        _features,
+        has_bias=False,
+        compiles=False,
+    ),
+    "gru": Case(
+        lambda: Recurrent(nn.GRU(10, 12, bias=False, batch_first=True)),
+        ["layer"],
+        _features,
+        has_bias=False,
+        compiles=False,
+    ),
+    "rnn": Case(lambda: Recurrent(nn.RNN(10, 12, bias=False)), ["layer"], _features, has_bias=False, compiles=False),
+    "bilinear": Case(Pair, ["layer"], _features),
+    "experts": Case(Mixture, ["experts"], _features, has_bias=False),
+    "experts-transposed": Case(lambda: Mixture(True), ["experts.up"], _features, has_bias=False),
+    "parameter": Case(Mixture, ["projection", "experts.down"], _features, has_bias=False),
 }
 
 SPECS: dict[str, Spec] = {

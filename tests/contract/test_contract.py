@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import lorank
-from lorank.adapted import Adapted, adapted_layers
-from lorank.hosts import FusedHost, host_of
+from lorank.adapted import Adapted
+from lorank.tree import adapted_layers
 from lorank.variants import Adapter, LoRAAdapter, Spec
 
 from ..models import disturb
 from .cases import CASES, SPECS, Case
+
+# of PyTorch itself, about a base without adapters too
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights"),
+]
 
 
 @pytest.fixture(params=CASES)
@@ -65,7 +71,7 @@ def test_base_names_and_bits_are_untouched(case: Case, spec: Spec) -> None:
     lorank.adapt(model, spec, case.targets)
     for step in lorank.train(lorank.adapter_parameters(model).values(), lambda x: model(x).square().mean(), [x] * 3):
         assert torch.isfinite(step.loss)
-    base = {name: tensor for name, tensor in model.state_dict().items() if ".adapters." not in name}
+    base = {name: tensor for name, tensor in model.state_dict().items() if "adapters." not in name}
     assert same_bits(base, before)
     parameters = dict(model.named_parameters())
     assert all(id(parameters[name]) == identity for name, identity in identities.items())
@@ -98,15 +104,14 @@ def test_in_half_precision_a_merge_is_the_rounded_float32_merge(case: Case, spec
     assert {p.dtype for p in lorank.adapter_parameters(model).values()} == {torch.float32}
     expected: dict[str, Tensor] = {}
     for name, layer in adapted_layers(model).items():
-        W = host_of(layer).matrix(layer, "weight").detach().float()
         for leaf in cast(Adapter, layer.adapters["default"]).leaves():
             assert isinstance(leaf, LoRAAdapter)
-            delta = leaf.scale * leaf.B.detach() @ leaf.A.detach()
-            W = W + (leaf.host.whole(leaf.part, delta) if isinstance(leaf.host, FusedHost) else delta)
-        expected[name] = W.to(dtype)
+            key = f"{name}.{leaf.attribute(layer)}".removeprefix(".")
+            W = expected.setdefault(key, leaf.host.weight(layer, leaf.part).detach().float())
+            expected[key] = W + leaf.host.stored(layer, leaf.part, leaf.scale * leaf.B.detach() @ leaf.A.detach())
     lorank.merge(model)
-    for name, W in expected.items():
-        merged = host_of(model.get_submodule(name)).matrix(model.get_submodule(name), "weight")
+    for name, wide in expected.items():
+        W, merged = wide.to(dtype), model.get_parameter(name)
         ulp = W.abs().float() * torch.finfo(dtype).eps
         assert ((merged.float() - W.float()).abs() <= ulp).all()
         assert (merged != W).float().mean() < 1e-2  # a half may fall the other way in another order of products
@@ -139,7 +144,7 @@ def test_remove_leaves_no_trace(case: Case, spec: Spec) -> None:
     before, y = bits(model), model(x)
     attributes = {name: (type(m), list(m.__dict__), list(m._modules)) for name, m in model.named_modules()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    lorank.adapt(model, spec, case.targets, bias="all" if any("bias" in name for name in flags) else "none")
+    lorank.adapt(model, spec, case.targets, bias="adapted" if case.has_bias else "none")
     lorank.adapt(model, spec, case.targets, name="second")
     disturb(model)
     lorank.remove(model, "default")
@@ -189,6 +194,8 @@ def test_a_file_brings_the_same_adapter_back(case: Case, spec: Spec, tmp_path: P
 
 
 def test_a_compiled_model_has_no_graph_break(case: Case, spec: Spec) -> None:
+    if not case.compiles:
+        pytest.skip("torch.compile breaks the graph of the base itself")
     model, x = adapted(case, spec)
     y = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -229,7 +236,7 @@ def test_it_works_under_autocast(case: Case, spec: Spec) -> None:
 
 def test_a_base_checkpoint_loads_after_adapt(case: Case, spec: Spec) -> None:
     model, x = adapted(case, spec)
-    other = case.model()
+    other = case.model().requires_grad_(False)  # frozen as this one is: PyTorch has other kernels for that
     result = model.load_state_dict(other.state_dict(), strict=True)
     assert not result.missing_keys and not result.unexpected_keys
     with lorank.disabled(model):
@@ -242,7 +249,7 @@ def test_an_adapted_checkpoint_must_be_whole(case: Case, spec: Spec) -> None:
     lorank.reset(model)
     model.load_state_dict(checkpoint, strict=True)
     assert torch.equal(model(x), y)
-    checkpoint.pop(next(name for name in checkpoint if ".adapters." in name))
+    checkpoint.pop(next(name for name in checkpoint if "adapters." in name))
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict(checkpoint, strict=True)
 
@@ -287,7 +294,7 @@ def test_two_adapters_add_up_and_switch(case: Case, spec: Spec) -> None:
 
 def test_a_trained_bias_belongs_to_the_adapter(case: Case, spec: Spec, tmp_path: Path) -> None:
     if not case.has_bias:
-        with pytest.raises(lorank.AdapterError, match="finds no bias"):
+        with pytest.raises(lorank.AdapterError, match=r"finds no bias|cannot train"):
             lorank.adapt(case.model(), spec, case.targets, bias="adapted")
         return
     model, x = case.model(), case.inputs()

@@ -52,17 +52,35 @@ def test_a_pair_of_which_neither_factor_moves_is_an_error() -> None:
     assert "layers.0" not in str(error.value)
 
 
-def test_a_layer_that_is_read_without_being_called_is_named() -> None:
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.called = nn.Linear(4, 4)
-            self.read = nn.Linear(4, 4)
+class Reads(nn.Module):
+    """A model that computes with the weight of a layer that it never calls."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.called = nn.Linear(4, 4)
+        self.read = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(x) @ self.read.weight
+
+
+def test_a_layer_that_is_read_without_being_called_is_read_with_its_update() -> None:
+    model, x = Reads(), torch.randn(2, 4)
+    lorank.adapt(model, LoRA(rank=1), "all-linear")
+    models.disturb(model)
+    y = model(x)
+    y.sum().backward()
+    assert lorank.check(model) == []
+    lorank.merge(model)
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_layer_that_is_read_where_no_source_tells_is_named() -> None:
+    class Hidden(Reads):
         def forward(self, x: Tensor) -> Tensor:
-            return self.called(x) @ self.read.weight
+            return self.called(x) @ next(self.read.parameters())
 
-    model = Reads()
+    model = Hidden()
     lorank.adapt(model, LoRA(rank=1), "all-linear")
     model(torch.randn(2, 4)).sum().backward()
     with pytest.raises(AdapterError) as error:

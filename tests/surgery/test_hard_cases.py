@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lorank
 from lorank import AdapterError, LoRA, surgery
-from lorank.adapted import adapted_layers
 from lorank.hosts import host_of
+from lorank.tree import adapted_layers
 from lorank.variants import LoRAAdapter
 
 from .. import models
@@ -117,14 +117,26 @@ def test_containers_that_run_their_members_themselves_are_refused() -> None:
             lorank.adapt(model, LoRA(rank=2), ["a"], train_also=["heads"])
 
 
-def test_modules_of_an_encoder_layer_are_refused_for_copies_and_biases_too() -> None:
+def test_copies_of_what_an_encoder_layer_reads_are_refused() -> None:
     model = models.sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
     for part in ("norm1", "self_attn", "linear1", "self_attn.out_proj"):
-        with pytest.raises(AdapterError, match="reads its weight without calling it"):
+        with pytest.raises(AdapterError, match="without being called, so that a copy of it would have no effect"):
             lorank.adapt(model, LoRA(rank=2), ["0"], train_also=[part])
-    with pytest.raises(AdapterError, match=r"1\.norm1: TransformerEncoderLayer reads"):
+
+
+def test_biases_in_an_encoder_layer_train_and_are_read_by_its_kernel() -> None:
+    model = models.sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    with pytest.raises(AdapterError, match=r"cannot train 1\.self_attn\.in_proj_bias"):
         lorank.adapt(model, LoRA(rank=2), ["0"], bias="all")
-    lorank.adapt(model, LoRA(rank=2), ["0", "!1"], bias="all")
+    plan = lorank.adapt(model, LoRA(rank=2), ["0", "!self_attn"], bias="all")
+    assert set(plan.biases) == {"0", "1.linear1", "1.linear2", "1.norm1", "1.norm2"}
+    models.disturb(model)
+    x = torch.randn(2, 3, 16)
+    y = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y)
+    lorank.merge(model)
+    torch.testing.assert_close(model(x), y)
 
 
 def test_biases_of_an_lstm_are_not_left_out_silently() -> None:

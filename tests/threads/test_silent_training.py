@@ -139,23 +139,6 @@ def test_opacus_820_hooks_do_not_come_between_an_adapter_and_its_gradient() -> N
     assert seen["gradient"].any()
 
 
-@pytest.mark.parametrize("thread", ["helical#405", "peft#761", "pytorch#78109"])
-def test_layers_that_pytorch_reads_without_calling_are_refused(thread: str) -> None:
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-    for target in ("out_proj", "linear1", "linear2"):
-        with pytest.raises(AdapterError, match="reads its weight without calling it"):
-            lorank.adapt(model, LoRA(), [target])
-
-
-def test_helical_405_all_linear_says_what_it_leaves_out() -> None:
-    model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
-    with pytest.warns(lorank.AdapterWarning, match="linear1.*without calling"):
-        plan = lorank.adapt(model, LoRA(rank=2), "all-linear")
-    assert plan.layers == ["0"]
-    assert set(plan.left_out) == {"1.linear1", "1.linear2", "1.self_attn.out_proj"}
-
-
 def test_unsloth_9331_embedding_and_head_are_adapted_when_named() -> None:
     model, x = models.llama(), models.ids()
     plan = lorank.adapt(model, LoRA(rank=2), ["embed_tokens", "lm_head"])

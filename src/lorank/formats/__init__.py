@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..adapted import require_not_folded, unwrapped
 from ..errors import AdapterError, enumerate_names
+from ..names import Names
 from ..planning import Plan, warn
 from ..surgery import only_adapter, require_name
-from ..targets import Names
+from ..tree import require_not_folded, unwrapped
 from .content import Content, LayerUpdate, fit, gather
 
 

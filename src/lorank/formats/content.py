@@ -9,15 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapted import entries, pristine_copy, why_not_attachable
+from ..adapted import pristine_copy, why_not_attachable
 from ..companions import BiasOffset, join, why_no_bias_offset
 from ..copies import copyable_parts, count, own_parameters, why_not_copyable
 from ..errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
 from ..fingerprint import Comparison, Fingerprint, compare, fingerprint
-from ..hosts import Host, NoHost
+from ..hosts import ConvHost, Host, NoHost
+from ..names import Names
 from ..planning import Bias, Place, Plan, name_problems
 from ..surgery import install, require_no_inference_mode
-from ..targets import Names
+from ..tree import entries
 from ..variants import Adapter, LoRA, LoRAAdapter, factor_dtype
 
 
@@ -28,6 +29,9 @@ class LayerUpdate:
     spec: LoRA
     factors: dict[str, tuple[Tensor, Tensor]]
     host: Host | None = None  # known when it was taken from a model
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the parameters, by part; known then too
+    groups: int = 1  # of a convolution
+    by_parts: bool = False  # the file says which parts these are; else they are the whole layer
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
 
@@ -73,6 +77,8 @@ def gather(model: nn.Module, name: str) -> Content:
                 content.biases[layer_name] = _collected(leaf.value(layer))
             elif isinstance(leaf, LoRAAdapter):
                 update = content.updates.setdefault(layer_name, LayerUpdate(leaf.spec, {}, host=leaf.host))
+                update.groups = getattr(layer, "groups", 1) if isinstance(leaf.host, ConvHost) else 1
+                update.shapes[leaf.part] = tuple(leaf.host.own(layer, leaf.part).shape)
                 update.factors[leaf.part] = (_collected(leaf.A), _collected(leaf.B))
                 with suppress(NoHost):  # a weight that was sharded or parametrised since cannot be recognised later
                     W = leaf.host.matrix(layer, leaf.part)
@@ -149,10 +155,13 @@ def _fit_updates(
     compared: dict[str, Comparison] = {}
     for canonical, host, update in located(content, names, problems):
         layer = names.modules[canonical]
-        for part, (A, B) in update.factors.items():
+        known = host.parts(layer)
+        problems += [f"{canonical} has no part {part}, which the file adapts" for part in update.factors.keys() - known]
+        for part in (part for part in known if part in update.factors):
+            A, B = update.factors[part]
             place = Place(canonical, part, layer, host, update.spec, host.shape(layer, part))
             wrong = factor_problems(place, A, B)
-            if host.weight(layer).device.type == "meta":
+            if host.weight(layer, part).device.type == "meta":
                 wrong.append(f"{place.label}: the model is on the meta device; load its weights first")
             problems += wrong
             if wrong:
@@ -211,22 +220,22 @@ def _locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
     if name not in names.modules:
         raise AdapterError(f"the file adapts {name}, which this model has not; {did_you_mean(name, names.modules)}")
     canonical = names.canonical[name]
-    reason = names.why_not(canonical)
-    if reason:
-        raise AdapterError(f"the file adapts {name}, which cannot be adapted: {reason}")
-    return canonical, names.host(canonical, by_parts=update.factors.keys() != {"weight"})
+    try:
+        return canonical, names.host(canonical, update.factors if update.by_parts else None)
+    except NoHost as error:
+        raise AdapterError(f"the file adapts {name}, which cannot be adapted: {error}") from None
 
 
 def factor_problems(place: Place, A: Tensor, B: Tensor) -> list[str]:
     """Return what is wrong with a file's factors for one matrix of a model: shapes and values."""
     problems = []
-    out, in_ = place.shape
+    *stack, out, in_ = place.shape
     rank = place.spec.rank
-    for factor, tensor, needed in (("A", A, (rank, in_)), ("B", B, (out, rank))):
+    for factor, tensor, needed in (("A", A, (*stack, rank, in_)), ("B", B, (*stack, out, rank))):
         if tuple(tensor.shape) != needed:
             problems.append(f"{place.label}: {factor} is {tuple(tensor.shape)} in the file, the model needs {needed}")
         else:
-            dtype = factor_dtype(place.spec, place.host.weight(place.layer))
+            dtype = factor_dtype(place.spec, place.host.weight(place.layer, place.part))
             problems += _value_problems(f"{place.label}: {factor}", tensor, dtype)
     return problems
 
@@ -243,7 +252,7 @@ def _value_problems(what: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
 
 
 def _filled(place: Place, A: Tensor, B: Tensor) -> Adapter:
-    weight = place.host.weight(place.layer)
+    weight = place.host.weight(place.layer, place.part)
     adapter = cast(LoRAAdapter, place.spec.build(place.host, place.layer, place.part, torch.device("meta")))
     for factor, tensor in (("A", A), ("B", B)):
         dtype = getattr(adapter, factor).dtype

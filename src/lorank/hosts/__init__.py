@@ -4,35 +4,45 @@ import importlib
 import pkgutil
 
 from .base import (
+    AdditiveHost,
     Host,
     NoHost,
+    class_host,
     has_host,
     host_of,
     overrides_forward,
     plain_parameter,
-    read_without_call,
     register,
+    register_finder,
     registered_host,
 )
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+from .conv import ConvHost  # noqa: E402
+from .conv_transpose import ConvTransposeHost  # noqa: E402
 from .fused_qkv import FusedHost, RowLayout, consecutive, layout_of, register_layout  # noqa: E402
+from .parameter import PARAMETER  # noqa: E402
 
 __all__ = [
+    "PARAMETER",
+    "AdditiveHost",
+    "ConvHost",
+    "ConvTransposeHost",
     "FusedHost",
     "Host",
     "NoHost",
     "RowLayout",
+    "class_host",
     "consecutive",
     "has_host",
     "host_of",
     "layout_of",
     "overrides_forward",
     "plain_parameter",
-    "read_without_call",
     "register",
+    "register_finder",
     "register_layout",
     "registered_host",
 ]

@@ -1,8 +1,8 @@
 """Host: a layer type seen as one or more matrices W (out, in). Stateless; the layer is always an argument."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,15 @@ class NoHost(AdapterError):
 class Host(ABC):
     """How a layer applies its weight, so that any variant can add an update of it.
 
-    Shapes: W (out, in) · A (rank, in) · B (out, rank), as in `lorank.lowrank`. A host whose layers hold one
-    matrix calls its only part "weight".
+    Shapes: W (out, in) · A (rank, in) · B (out, rank), as in `lorank.lowrank`; a part that is a stack of matrices,
+    one an expert, has them all with its number in front: W (experts, out, in). A host whose layers hold one matrix
+    calls its only part "weight".
+
+    Most hosts are additive: the update is added to the layer's output, by `AdditiveHost`. The others are substituted:
+    the layer runs under W + ΔW, which it finds where it reads its parameter; the parameter itself is not touched.
     """
 
+    additive: bool = False
     transposed: bool = False  # the weight is stored as (in, out)
     lookup: bool = False  # the input is indices into W's columns, so it is never multiplied
 
@@ -28,22 +33,63 @@ class Host(ABC):
         """Return the names of the layer's matrices."""
         return ("weight",)
 
-    def shape(self, layer: nn.Module, part: str) -> tuple[int, int]:
-        """Return (out, in) of a part."""
-        out, in_ = self.matrix(layer, part).shape
-        return out, in_
+    def children(self, layer: nn.Module) -> dict[str, str]:
+        """Return {part: child module} for parts that are layers of their own, inside this one."""
+        return {}
+
+    def attribute(self, layer: nn.Module, part: str) -> str:
+        """Return the name of the parameter that holds a part."""
+        return "weight"
+
+    def weight(self, layer: nn.Module, part: str) -> nn.Parameter:
+        """Return the parameter that `matrix` reads and `write` writes; raises NoHost when it is no plain one."""
+        return plain_parameter(layer, self.attribute(layer, part))
+
+    def own(self, layer: nn.Module, part: str = "weight") -> Tensor:
+        """Return whatever the layer computes with in the place of that parameter, for use in a forward."""
+        own = layer._parameters[self.attribute(layer, part)]
+        assert own is not None, "a part has a parameter"
+        return own
+
+    def shape(self, layer: nn.Module, part: str) -> tuple[int, ...]:
+        """Return (out, in) of a part, or (number, out, in) of a stack."""
+        return tuple(self.matrix(layer, part).shape)
 
     @abstractmethod
     def matrix(self, layer: nn.Module, part: str) -> Tensor:
         """Return the weight as a dense (out, in) matrix in its own dtype; a view where that is possible."""
 
     @abstractmethod
+    def stored(self, layer: nn.Module, part: str, W: Tensor) -> Tensor:
+        """Return a matrix (out, in) of this part in the shape of its parameter, with zeros where other parts are."""
+
     def write(self, layer: nn.Module, part: str, W: Tensor) -> None:
         """Write W (out, in) into the layer in place, rounded to the weight's dtype: the inverse of `matrix`."""
+        self.weight(layer, part).data.copy_(self.stored(layer, part, W))
+
+    def behaves(self, layer: nn.Module) -> bool:
+        """Tell whether the layer's own forward computes what this host believes it does, on a small input.
+
+        Asked only of subclasses that replace the forward of the registered class.
+        """
+        return True  # whatever the forward computes, it computes it from the weight that it is given
+
+    def namespace(self, base: type[nn.Module]) -> dict[str, Any]:
+        """Return what an adapted layer's class needs, beside its parameters' names, for the update to be read."""
+        return {}
+
+    def released(self, layer: nn.Module) -> None:  # noqa: B027  # most have nothing to mend
+        """Mend what is left to mend in a layer that has just lost its last adapter."""
+
+
+class AdditiveHost(Host):
+    """A host that can apply the two factors one after the other, and add the result to the layer's output."""
+
+    additive = True
 
     @abstractmethod
     def down(self, layer: nn.Module, part: str, x: Tensor, A: Tensor) -> Tensor:
-        """Apply A (rank, in) to the layer's input as the layer applies its weight; ends in (..., rank)."""
+        """Apply A (rank, in) to the layer's input as the layer applies its weight; the result is what `up` takes."""
 
     @abstractmethod
     def up(self, layer: nn.Module, part: str, z: Tensor, B: Tensor) -> Tensor:
@@ -58,24 +104,27 @@ class Host(ABC):
         return y + update.to(y.dtype)
 
     @abstractmethod
-    def behaves(self, layer: nn.Module) -> bool:
-        """Tell whether the layer's own forward computes what this host believes it does, on a small input.
+    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return what the layer's own forward returns for x, computed from its parameters.
 
-        Asked only of subclasses that replace the forward of the registered class.
+        It runs instead of that forward in a layer whose weight is also read without a call, so that the update is not
+        found in the weight and added once more.
         """
 
-    def weight(self, layer: nn.Module) -> nn.Parameter:
-        """Return the parameter that `matrix` reads and `write` writes."""
-        return plain_parameter(layer, "weight")
+    @abstractmethod
+    def example(self, layer: nn.Module) -> Tensor:
+        """Return a small input for `behaves`, of the weight's dtype and on its device."""
+
+    @torch.no_grad()
+    def behaves(self, layer: nn.Module) -> bool:
+        x = self.example(layer)
+        return agrees(layer, x, self.apply(layer, x))
 
 
 H = TypeVar("H", bound=Host)
 
 _HOSTS: dict[type | str, Host] = {}
-
-# Modules that read the weights of what lies in them without calling it, always or in eval mode, so that nothing
-# put on an inner layer would have an effect (pytorch#78109).
-_READ_WITHOUT_CALL = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_BY_CONTENT: list[Callable[[nn.Module], "Host | None"]] = []
 
 
 def register(*layers: type | str) -> Callable[[type[H]], type[H]]:
@@ -91,6 +140,12 @@ def register(*layers: type | str) -> Callable[[type[H]], type[H]]:
         return host
 
     return add
+
+
+def register_finder(find: Callable[[nn.Module], Host | None]) -> Callable[[nn.Module], Host | None]:
+    """Make a function known that gives the host of modules told by what they hold, where their class has none."""
+    _BY_CONTENT.append(find)
+    return find
 
 
 def plain_parameter(layer: nn.Module, name: str) -> nn.Parameter:
@@ -112,15 +167,18 @@ def plain_parameter(layer: nn.Module, name: str) -> nn.Parameter:
 
 def host_of(layer: nn.Module) -> Host:
     """Return the host for a layer; raises NoHost with the reason when there is none."""
-    host, own_class = registered_host(layer), _registered_class(layer)
-    if host is None or own_class is None:
+    host, own_class = registered_host(layer), _registered_class(type(layer))
+    if host is None:
         raise NoHost(f"lorank has no host for {_public_name(type(layer))}")
     if isinstance(layer, torch.jit.ScriptModule):
         raise NoHost("a compiled ScriptModule cannot be changed")
     for part in host.parts(layer):
         host.shape(layer, part)  # raises for a weight that is not a plain matrix
-    if overrides_forward(layer, own_class) and not host.behaves(layer):
-        raise NoHost(f"{type(layer).__name__} does not compute what its base class {own_class.__name__} does")
+    if own_class is not None and overrides_forward(layer, own_class) and not host.behaves(layer):
+        raise NoHost(
+            f"{type(layer).__name__} does not compute what its base class {own_class.__name__} does; name the "
+            "parameter itself ('...weight') to let it compute with W + ΔW"
+        )
     return host
 
 
@@ -129,33 +187,49 @@ def has_host(layer: nn.Module) -> bool:
     return registered_host(layer) is not None
 
 
-def read_without_call(above: Iterable[nn.Module]) -> str | None:
-    """Return why a change of a module that lies in the modules `above` would have no effect; None when it would."""
-    for module in above:
-        for kind in _READ_WITHOUT_CALL:
-            if isinstance(module, kind):
-                return f"{kind.__name__} reads its weight without calling it, so that an adapter there has no effect"
-    return None
-
-
 def overrides_forward(layer: nn.Module, base: type) -> bool:
     """Tell whether a class between the layer's own and `base` replaces the forward; being adapted does not count."""
     mro = type(layer).__mro__
     between = mro[: mro.index(base)]
-    return any("forward" in vars(cls) and "carries_adapters" not in vars(cls) for cls in between)
+    own = [vars(cls) for cls in between if "carries_adapters" not in vars(cls)]
+    return any(name in methods for methods in own for name in ("forward", "_conv_forward"))
 
 
 def registered_host(layer: nn.Module) -> Host | None:
     """Return the host for the layer's class, whatever the state the layer is in; None when there is none."""
-    cls = _registered_class(layer)
-    return None if cls is None else _HOSTS.get(cls) or _HOSTS[_qualified_name(cls)]
+    host = class_host(type(layer))
+    if host is not None:
+        return host
+    return next((host for find in _BY_CONTENT if (host := find(layer)) is not None), None)
 
 
-def _registered_class(layer: nn.Module) -> type | None:
-    for cls in type(layer).__mro__:
+def class_host(cls: type[nn.Module]) -> Host | None:
+    """Return the host of a class of layers; None when there is none."""
+    registered = _registered_class(cls)
+    return None if registered is None else _HOSTS.get(registered) or _HOSTS[_qualified_name(registered)]
+
+
+def _registered_class(layer_class: type[nn.Module]) -> type | None:
+    for cls in layer_class.__mro__:
         if cls in _HOSTS or _qualified_name(cls) in _HOSTS:
             return cls
     return None
+
+
+def agrees(layer: nn.Module, x: Tensor, expected: Tensor) -> bool:
+    """Tell whether the layer's own forward gives `expected` for x, up to rounding."""
+    try:
+        y = getattr(layer, "base_forward", layer.forward)(x)
+    except Exception:  # another signature, other assumptions about x: whatever it is, it is not ours
+        return False
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return False
+    if y.device.type == "meta":
+        return True  # there are no numbers to compare yet; merging looks again
+    size = torch.linalg.vector_norm(expected.float())
+    tolerance = 100 * torch.finfo(expected.dtype).eps
+    # A layer of zeros agrees with everything, and so with nothing.
+    return bool(size > 0 and torch.linalg.vector_norm((y - expected).float()) <= tolerance * size)
 
 
 def _public_name(cls: type) -> str:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import NoHost, register
-from .linear import LinearHost, agrees
+from .linear import LinearHost
 
 
 @register("transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D")
@@ -12,18 +12,21 @@ class Conv1DHost(LinearHost):
     transposed = True
 
     def matrix(self, layer: nn.Module, part: str) -> Tensor:
-        weight = self.weight(layer)
+        weight = self.weight(layer, part)
         if weight.dim() != 2 or weight.shape[1] != layer.nf:
             raise NoHost(
                 f"its weight has shape {tuple(weight.shape)} for {layer.nf} outputs: it needs a host of its own"
             )
         return weight.T
 
-    def write(self, layer: nn.Module, part: str, W: Tensor) -> None:
-        self.weight(layer).data.copy_(W.T)
+    def stored(self, layer: nn.Module, part: str, W: Tensor) -> Tensor:
+        return W.T
 
-    @torch.no_grad()
-    def behaves(self, layer: nn.Module) -> bool:
-        weight = self.weight(layer)
-        x = torch.linspace(-1, 1, weight.shape[0], device=weight.device, dtype=weight.dtype)[None]
-        return agrees(layer, x, torch.addmm(layer.get_parameter("bias"), x, weight))
+    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        bias = layer._parameters["bias"]
+        assert bias is not None, "Conv1D always has one"
+        return torch.addmm(bias, x.flatten(0, -2), self.own(layer)).unflatten(0, x.shape[:-1])
+
+    def example(self, layer: nn.Module) -> Tensor:
+        weight = self.own(layer)
+        return torch.linspace(-1, 1, weight.shape[0], device=weight.device, dtype=weight.dtype)[None]

@@ -7,16 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Host, NoHost, overrides_forward, register
-from .linear import agrees
+from .base import AdditiveHost, NoHost, overrides_forward, register
 
 
 @register(nn.Embedding)
-class EmbeddingHost(Host):
+class EmbeddingHost(AdditiveHost):
     lookup = True
 
     def matrix(self, layer: nn.Embedding, part: str) -> Tensor:
-        weight = self.weight(layer)
+        weight = self.weight(layer, part)
         if weight.shape != (layer.num_embeddings, layer.embedding_dim):
             raise NoHost(
                 f"its weight has shape {tuple(weight.shape)} for {layer.num_embeddings} tokens of dimension "
@@ -26,30 +25,33 @@ class EmbeddingHost(Host):
             raise NoHost("max_norm rescales its rows during the forward, which no low-rank update can follow")
         return weight.T
 
-    def write(self, layer: nn.Embedding, part: str, W: Tensor) -> None:
-        self.weight(layer).data.copy_(W.T)
+    def stored(self, layer: nn.Embedding, part: str, W: Tensor) -> Tensor:
+        return W.T
 
     def down(self, layer: nn.Embedding, part: str, x: Tensor, A: Tensor) -> Tensor:
-        return F.embedding(x, A.T, layer.padding_idx).to(layer.weight.dtype)  # (..., rank)
+        return F.embedding(x, A.T, layer.padding_idx).to(self.own(layer, part).dtype)  # (..., rank)
 
     def up(self, layer: nn.Embedding, part: str, z: Tensor, B: Tensor) -> Tensor:
-        update = F.linear(z, B.to(z.dtype))  # (..., dimension)
-        scale = self._embed_scale(layer)
-        return update if scale is None else update * scale
+        return self.scaled(layer, F.linear(z, B.to(z.dtype)))  # (..., dimension)
 
     def channel(self, layer: nn.Embedding, part: str, v: Tensor) -> Tensor:
         return v  # outputs are the last dimension
 
-    @torch.no_grad()
-    def behaves(self, layer: nn.Embedding) -> bool:
-        weight = self.weight(layer)
-        ids = torch.arange(min(8, layer.num_embeddings), device=weight.device)[None]
-        scale = self._embed_scale(layer)
-        expected = F.embedding(ids, weight)
-        return agrees(layer, ids, expected if scale is None else expected * scale)
+    def apply(self, layer: nn.Embedding, x: Tensor) -> Tensor:
+        weight = self.own(layer)
+        found = F.embedding(
+            x, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq, sparse=layer.sparse
+        )
+        return self.scaled(layer, found)
 
-    def _embed_scale(self, layer: nn.Embedding) -> Tensor | float | None:
+    def example(self, layer: nn.Embedding) -> Tensor:
+        return torch.arange(min(8, layer.num_embeddings), device=self.own(layer).device)[None]
+
+    def scaled(self, layer: nn.Embedding, found: Tensor) -> Tensor:
+        """Return what was looked up, multiplied by `embed_scale` where the layer's class does that."""
         if not overrides_forward(layer, nn.Embedding):
-            return None
+            return found
         scale = getattr(layer, "embed_scale", None)
-        return scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale
+        if scale is None:
+            return found
+        return found * (scale.to(self.own(layer).dtype) if isinstance(scale, Tensor) else scale)

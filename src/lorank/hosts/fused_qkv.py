@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Host, NoHost
+from .base import AdditiveHost, NoHost
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ def consecutive(groups: int = 1, **sizes: int) -> RowLayout:
     return RowLayout(groups, parts)
 
 
-class FusedHost(Host):
+class FusedHost(AdditiveHost):
     """A view of another host's layer as the parts of its fused projection."""
 
-    def __init__(self, base: Host, layout: RowLayout):
+    def __init__(self, base: AdditiveHost, layout: RowLayout):
         self.base = base
         self.layout = layout
         self.transposed = base.transposed
@@ -62,8 +62,8 @@ class FusedHost(Host):
     def parts(self, layer: nn.Module) -> tuple[str, ...]:
         return tuple(self.layout.parts)
 
-    def weight(self, layer: nn.Module) -> nn.Parameter:
-        return self.base.weight(layer)
+    def attribute(self, layer: nn.Module, part: str) -> str:
+        return self.base.attribute(layer, "weight")
 
     def _rows_of(self, W: Tensor, part: str) -> Tensor:
         start, stop = self.layout.parts[part]
@@ -72,16 +72,18 @@ class FusedHost(Host):
     def matrix(self, layer: nn.Module, part: str) -> Tensor:
         return self._rows_of(self.base.matrix(layer, "weight"), part).flatten(0, 1)
 
+    def stored(self, layer: nn.Module, part: str, W: Tensor) -> Tensor:
+        return self.base.stored(layer, "weight", self.whole(part, W))
+
     def write(self, layer: nn.Module, part: str, W: Tensor) -> None:
         rows = self._rows_of(self.base.matrix(layer, "weight").data, part)
         rows.copy_(W.view_as(rows))
 
-    def whole(self, part: str, delta: Tensor) -> Tensor:
-        """Return an update of a part (rows of the part, in) as one of the whole weight (rows, in)."""
-        full = delta.new_zeros(self.layout.rows, delta.shape[1])
-        rows = self._rows_of(full, part)
-        rows.copy_(delta.view_as(rows))
-        return full
+    def whole(self, part: str, W: Tensor) -> Tensor:
+        """Return rows of a part (rows of the part, in) as a whole matrix (rows, in), zero elsewhere."""
+        start, stop = self.layout.parts[part]
+        grouped = W.unflatten(0, (self.layout.groups, stop - start))
+        return F.pad(grouped, (0, 0, start, self.layout.width - stop)).flatten(0, 1)
 
     def down(self, layer: nn.Module, part: str, x: Tensor, A: Tensor) -> Tensor:
         return self.base.down(layer, "weight", x, A)
@@ -100,8 +102,11 @@ class FusedHost(Host):
         grouped = update.to(y.dtype).unflatten(-1, (self.layout.groups, stop - start))
         return y + F.pad(grouped, (start, self.layout.width - stop)).flatten(-2)
 
-    def behaves(self, layer: nn.Module) -> bool:
-        return self.base.behaves(layer)
+    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return self.base.apply(layer, x)
+
+    def example(self, layer: nn.Module) -> Tensor:
+        return self.base.example(layer)
 
 
 Layout = Callable[[Any, Any], RowLayout]  # (owner, layer) -> layout; what they have depends on their classes

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapted import entries
 from ..errors import AdapterError, enumerate_names, raise_problems
 from ..formats import safetensors_file
 from ..surgery import adapter_parameters
 from ..training import TrainState
+from ..tree import entries
 
 FILE = "checkpoint.safetensors"
 _KEY = "lorank.run"

@@ -9,7 +9,7 @@ from ..errors import AdapterError
 from ..formats import Content, load, read
 from ..formats.content import outputs_of_head
 from ..models import Base, known_labels, load_base, task_of
-from ..targets import lies_in
+from ..names import lies_in
 from .recipe import Recipe
 from .run import KEPT, RECIPE
 

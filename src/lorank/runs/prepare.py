@@ -26,9 +26,9 @@ from ..models import (
     longest,
     recompute_activations,
 )
+from ..names import lies_in
 from ..planning import Plan
 from ..surgery import adapt
-from ..targets import lies_in
 from ..tasks import CausalLM, Classification, Regression, Task, Tensors
 from ..tasks.base import to_device
 from ..training import TrainConfig

@@ -24,6 +24,18 @@ class Adapter(nn.Module, ABC):
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the adapted output from the layer's input x and its output so far y."""
 
+    def adds(self, layer: nn.Module) -> bool:
+        """Tell whether `forward` can add this to the layer's output; if not, the layer has to read `change`."""
+        return True
+
+    @abstractmethod
+    def attribute(self, layer: nn.Module) -> str:
+        """Return the name of the layer's parameter that this changes."""
+
+    @abstractmethod
+    def change(self, layer: nn.Module) -> Tensor:
+        """Return what this adds to that parameter, in its shape and with gradient: for what reads the parameter."""
+
     def leaves(self) -> Iterator["Adapter"]:
         """Yield the adapters that hold the parameters: itself, unless it is made of several."""
         yield self
@@ -59,6 +71,15 @@ class Update(Adapter):
     @abstractmethod
     def delta_weight(self, layer: nn.Module) -> Tensor:
         """Return ΔW (out, in) in float32, such that the layer under W + ΔW computes what `forward` returns."""
+
+    def adds(self, layer: nn.Module) -> bool:
+        return self.host.additive
+
+    def attribute(self, layer: nn.Module) -> str:
+        return self.host.attribute(layer, self.part)
+
+    def change(self, layer: nn.Module) -> Tensor:
+        return self.host.stored(layer, self.part, self.delta_weight(layer))
 
 
 @dataclass(frozen=True)

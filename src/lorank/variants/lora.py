@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import raise_problems
-from ..hosts import Host
-from ..lowrank import INITIALISATIONS, delta, initialise
+from ..hosts import AdditiveHost, Host
+from ..lowrank import INITIALISATIONS, delta, initialise, product
 from .base import Spec, Update, materialised, on_device_of, register
 
 
@@ -69,7 +69,7 @@ def factor_dtype(spec: Spec, weight: Tensor) -> torch.dtype:
 
 
 class LoRAAdapter(Update):
-    """A (rank, in) and B (out, rank) of one matrix."""
+    """A (rank, in) and B (out, rank) of one matrix; of a stack of n matrices A (n, rank, in) and B (n, out, rank)."""
 
     spec: LoRA
 
@@ -78,22 +78,23 @@ class LoRAAdapter(Update):
         self.spec, self.host, self.part = spec, host, part
         self.scale = spec.scale
         self.dropout = nn.Dropout(spec.dropout)
-        weight = host.weight(layer)
-        out, in_ = host.shape(layer, part)
+        weight = host.weight(layer, part)
+        *stack, out, in_ = host.shape(layer, part)
         dtype = factor_dtype(spec, weight)
         device = device or weight.device
-        self.A = nn.Parameter(torch.empty(spec.rank, in_, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out, spec.rank, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(*stack, spec.rank, in_, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(*stack, out, spec.rank, device=device, dtype=dtype))
         if self.A.device.type != "meta":
             self.reset_parameters(layer)
 
     def reset_parameters(self, layer: nn.Module) -> None:
-        weight = self.host.weight(layer)
+        weight = self.host.weight(layer, self.part)
         self.A, self.B = on_device_of(self.A, weight), on_device_of(self.B, weight)
         initialise(self.A, self.B, self.spec.init, lookup=self.host.lookup)
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         host, part = self.host, self.part
+        assert isinstance(host, AdditiveHost), "only these are asked to add to an output"
         A = materialised(self.A, x)
         z = host.down(layer, part, x if host.lookup else self.dropout(x), A)  # (..., rank)
         if host.lookup and self.training and self.spec.dropout:
@@ -103,6 +104,14 @@ class LoRAAdapter(Update):
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
         return delta(self.A, self.B, self.scale)
+
+    def change(self, layer: nn.Module) -> Tensor:
+        A = materialised(self.A, self.host.own(layer, self.part))
+        if self.training and self.spec.dropout:
+            # Nothing is known here of the layer's input but that it meets A: a column dropped is a feature dropped,
+            # of all inputs of this call.
+            A = A * F.dropout(A.new_ones(*A.shape[:-2], 1, A.shape[-1]), self.spec.dropout)
+        return self.host.stored(layer, self.part, product(A, self.B, self.scale))
 
     def extra_repr(self) -> str:
         return f"rank={self.spec.rank}, scale={self.scale:g}"

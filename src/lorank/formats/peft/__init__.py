@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterError
-from ...targets import Names
+from ...names import Names
 from .. import safetensors_file
 from ..content import Content, outputs_of_head
 from .config import check_config, encode_config, read_config

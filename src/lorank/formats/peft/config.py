@@ -15,6 +15,7 @@ from ...planning import Bias
 from ...variants import LoRA
 from ..content import Content
 from ..pattern import Pattern
+from .layout import PARAMETERS, layout_of
 
 # Settings that change what the tensors mean, with the values that do not.
 _MEANINGFUL: dict[str, tuple[Any, ...]] = {
@@ -23,7 +24,6 @@ _MEANINGFUL: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
@@ -40,6 +40,7 @@ _HARMLESS = frozenset(
         *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
         *("fan_in_fan_out", "init_lora_weights", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
         *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "ensure_weight_tying"),
+        "target_parameters",
         "runtime_config",
     }
 )
@@ -59,15 +60,19 @@ _KINDS: dict[str, Any] = {
 BIAS: dict[str, Bias] = {"none": "none", "lora_only": "adapted", "all": "all"}
 
 
-def rank_alpha(spec: LoRA, parts: int) -> tuple[int, float]:
-    """Return rank and alpha of a whole layer of which so many parts are adapted: PEFT computes the same scale."""
-    return parts * spec.rank, spec.alpha * (math.sqrt(parts) if spec.rank_stabilised else parts)
+def rank_alpha(spec: LoRA, blocks: int) -> tuple[int, float]:
+    """Return rank and alpha of a layer whose factors are so many blocks: PEFT computes the same scale."""
+    return blocks * spec.rank, spec.alpha * (math.sqrt(blocks) if spec.rank_stabilised else blocks)
 
 
 def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
     """Return the configuration with which PEFT computes what the adapter does."""
     spec = content.spec
-    of_layer = {name: rank_alpha(update.spec, len(update.factors)) for name, update in content.updates.items()}
+    stacks = [name for name, update in content.updates.items() if layout_of(update).kind == PARAMETERS]
+    of_layer: dict[str, tuple[int, float]] = {}  # by the names that PEFT's patterns are matched with
+    for name, update in content.updates.items():
+        chosen = parameters_of(content, [name]) if name in stacks else [name]
+        of_layer.update(dict.fromkeys(chosen, rank_alpha(update.spec, layout_of(update).blocks)))
     rank, alpha = Counter(of_layer.values()).most_common(1)[0][0] if of_layer else (spec.rank, spec.alpha)
     config = getattr(model, "config", None)
     return {
@@ -79,13 +84,16 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _number(alpha),
-        "lora_dropout": spec.dropout,
+        "lora_dropout": 0.0
+        if stacks
+        else spec.dropout,  # PEFT refuses parameters with another; it is for training alone
         "use_rslora": spec.rank_stabilised,
         "use_dora": False,
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
         "bias": next(theirs for theirs, ours in BIAS.items() if ours == content.bias),
         "fan_in_fan_out": any(u.host is not None and u.host.transposed for u in content.updates.values()),
-        "target_modules": _target_modules(content, model),
+        "target_modules": _target_modules([name for name in content.updates if name not in stacks], model),
+        "target_parameters": sorted(parameters_of(content, stacks)) or None,
         "exclude_modules": None,
         "modules_to_save": sorted(content.copies) or None,
         "rank_pattern": {_exactly(n): r for n, (r, _) in sorted(of_layer.items()) if r != rank},
@@ -95,10 +103,15 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _target_modules(content: Content, model: nn.Module) -> list[str] | str:
+def parameters_of(content: Content, names: Iterable[str]) -> list[str]:
+    """Return the full names of the parameters that are adapted in these modules."""
+    return [f"{name}.{part}".removeprefix(".") for name in names for part in content.updates[name].factors]
+
+
+def _target_modules(names: list[str], model: nn.Module) -> list[str] | str:
     """Return full names, which PEFT takes as endings too; where one is the end of another, an exact pattern."""
-    layers = sorted(content.updates)
-    others = [name for name, _ in model.named_modules() if name not in content.updates]
+    layers = sorted(names)
+    others = [name for name, _ in model.named_modules() if name not in layers]
     ambiguous = any(name.endswith(f".{layer}") for name in others for layer in layers if len(name) > len(layer))
     return "|".join(re.escape(layer) for layer in layers) if ambiguous or "" in layers else layers
 

@@ -16,12 +16,13 @@ from ...errors import AdapterError
 from ...fingerprint import Fingerprint
 from ...hosts import FusedHost
 from ...lowrank import split_blocks
+from ...names import Names
 from ...planning import Bias
-from ...targets import Names
 from ...variants import LoRA, Spec
 from .. import safetensors_file
 from ..content import Content, LayerUpdate
 from .config import BIAS, rank_alpha
+from .layout import BLOCKS, MATRIX, layout_of
 
 _KEY = "lorank"
 _VERSION = 1
@@ -32,7 +33,10 @@ class LayerAccount:
     """What the header says of one layer."""
 
     spec: LoRA
-    parts: list[str]  # ["weight"], or parts of a fused projection in the order of their blocks
+    parts: list[str]  # ["weight"], or the parts in the order of their blocks
+    layout: str  # of `layout.py`
+    blocks: int  # times the rank that PEFT's pair has
+    stacks: dict[str, int]  # how many matrices a part is a stack of, where it is one
     fingerprints: dict[str, Fingerprint]  # by part; a part may have none
 
 
@@ -53,7 +57,10 @@ def encode_header(content: Content, packed: bytes) -> dict[str, str]:
     layers = {}
     for name, update in content.updates.items():
         prints = {part: fingerprint.to_json() for part, fingerprint in update.fingerprints.items()}
+        layout = layout_of(update)
+        stacks = {part: A.shape[0] for part, (A, _) in update.factors.items() if A.dim() == 3}
         layers[name] = {"spec": update.spec.to_json(), "parts": list(update.factors), "base": prints}
+        layers[name] |= {"layout": layout.kind, "blocks": layout.blocks, "stacks": stacks}
     account = {
         "version": _VERSION,
         "spec": content.spec.to_json(),
@@ -95,7 +102,11 @@ def _parse(account: dict[str, Any]) -> Account:
     layers = {}
     for name, fields in account["layers"].items():
         prints = {part: Fingerprint.from_json(base) for part, base in fields["base"].items()}
-        layers[name] = LayerAccount(_spec(fields["spec"]), list(fields["parts"]), prints)
+        parts = [str(part) for part in fields["parts"]]
+        layout = str(fields.get("layout", MATRIX if parts == ["weight"] else BLOCKS))
+        blocks = int(fields.get("blocks", len(parts)))
+        stacks = {str(part): int(number) for part, number in fields.get("stacks", {}).items()}
+        layers[name] = LayerAccount(_spec(fields["spec"]), parts, layout, blocks, stacks, prints)
     if account["bias"] not in BIAS.values():
         raise ValueError(f"bias is {account['bias']!r}")
     if not all(isinstance(name, str) for name in [*account["biases"], *account["copies"]]):
@@ -131,15 +142,16 @@ def apply_account(account: Account, content: Content, names: Names | None) -> No
         update = content.updates.get(name)
         if update is None:
             continue
-        rank, _ = rank_alpha(told.spec, len(told.parts))
+        rank, _ = rank_alpha(told.spec, told.blocks if told.layout == BLOCKS else 1)  # kernels were taken apart
         if not math.isclose(update.spec.scale, told.spec.scale, rel_tol=1e-6) or rank != update.spec.rank:
             problems.append(
                 f"{name}: rank and scale are {update.spec.rank} and {update.spec.scale:g} in adapter_config.json, "
                 f"{rank} and {told.spec.scale:g} in the tensors' own header; the two do not belong together"
             )
         update.spec = told.spec
+        update.by_parts = True
         update.fingerprints = told.fingerprints
-        if told.parts != ["weight"] and names is not None:
+        if told.layout == BLOCKS and names is not None:
             _split_parts(name, told.parts, update, names, problems)
 
 
@@ -149,11 +161,13 @@ def _split_parts(name: str, parts: list[str], update: LayerUpdate, names: Names,
         problems.append(f"the file adapts parts of {name}, which this model has not")
         return
     try:
-        host = names.host(names.canonical[name], by_parts=True)
+        host = names.host(names.canonical[name], parts)
     except AdapterError as error:
         problems.append(f"{name}: {error}")
         return
-    assert isinstance(host, FusedHost), "asked for parts"
+    if not isinstance(host, FusedHost):
+        problems.append(f"{name}: its parts {', '.join(parts)} are no rows of this model's layer")
+        return
     layout = host.layout
     fits = B.shape[0] == layout.rows and all(part in layout.parts for part in parts)
     blocks = split_blocks(A, B, [layout.index(part) for part in parts]) if fits else None

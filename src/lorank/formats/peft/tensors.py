@@ -2,21 +2,21 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ...errors import enumerate_names
-from ...hosts import FusedHost
-from ...lowrank import stack_blocks
-from ...targets import Names, lies_in
-from ...variants import LoRA
+from ...names import Names, lies_in
 from ..content import Content, LayerUpdate
 from .config import BIAS, alphas_of, ranks_of, spec_of
 from .header import Account
+from .layout import PARAMETERS, PARTS, Pair, layout_of, read_kernels, read_stack, written_pair, written_stack
 
 _PREFIX = "base_model.model."
+_PLAIN = ("lora_A.weight", "lora_B.weight")
 _FACTOR = re.compile(
     r"(?:(?P<path>.*)\.)?(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(?:\.[^.]+){0,2})"
 )
@@ -31,10 +31,9 @@ def encode_tensors(content: Content) -> dict[str, Tensor]:
     """Return the tensors of an adapter under the names that PEFT gives them."""
     tensors: dict[str, Tensor] = {}
     for name, update in content.updates.items():
-        assert update.host is not None, "content that is written was gathered from a model"
-        A, B = _whole(update)
-        kinds = ("lora_embedding_A", "lora_embedding_B") if update.host.lookup else ("lora_A.weight", "lora_B.weight")
-        tensors[_key(name, kinds[0])], tensors[_key(name, kinds[1])] = A, B
+        for path, (A, B) in _written(name, update):
+            kinds = ("lora_embedding_A", "lora_embedding_B") if update.host and update.host.lookup else _PLAIN
+            tensors[_key(path, kinds[0])], tensors[_key(path, kinds[1])] = A, B
     for name, value in content.biases.items():
         tensors[_key(name, "base_layer.bias" if name in content.updates else "bias")] = value
     for name, copy in content.copies.items():
@@ -43,12 +42,22 @@ def encode_tensors(content: Content) -> dict[str, Tensor]:
     return tensors
 
 
-def _whole(update: LayerUpdate) -> tuple[Tensor, Tensor]:
-    """Return the factors of the whole layer: for parts of a fused projection, one exact block-structured pair."""
-    if not isinstance(update.host, FusedHost):
-        return update.factors["weight"]
-    layout = update.host.layout
-    return stack_blocks([(A, B, layout.index(part)) for part, (A, B) in update.factors.items()], layout.rows)
+def _written(name: str, update: LayerUpdate) -> Iterator[tuple[str, Pair]]:
+    """Yield the pairs of tensors of a layer, with the path under which each stands."""
+    assert update.host is not None, "content that is written was gathered from a model"
+    kind = layout_of(update).kind
+    if kind == PARAMETERS:
+        for path, (A, B) in zip(_nested(name, len(update.factors)), update.factors.values(), strict=True):
+            yield path, written_stack(A, B)
+    elif kind == PARTS:
+        yield from ((f"{name}.{part}".removeprefix("."), pair) for part, pair in update.factors.items())
+    else:
+        yield name, written_pair(update)
+
+
+def _nested(name: str, parameters: int) -> list[str]:
+    """Return PEFT's paths for adapted parameters of one module, in their order: it wraps one in the next."""
+    return [name + ".base_layer" * (parameters - 1 - i) for i in range(parameters)]
 
 
 def _key(name: str, suffix: str) -> str:
@@ -81,12 +90,8 @@ def decode(config: Mapping[str, Any], tensors: Mapping[str, Tensor], account: Ac
             problems.append(f"{key} is in the file twice, with and without the prefix {_PREFIX}")
         else:
             rest[path] = tensor
-    ranks = ranks_of(config, factors, problems)
-    alphas = alphas_of(config, factors, problems)
-    for path, pair in factors.items():
-        update = _update(path, pair, dataclasses.replace(base, rank=ranks[path], alpha=alphas[path]), problems)
-        if update is not None:
-            content.updates[path] = update
+    for place in _places(factors, config, account, names, problems):
+        _decode_place(place, factors, config, content)
     _decode_rest(config, rest, account, names, content)
     if account is None:
         content.remarks += _gaps(config, content, names)
@@ -100,19 +105,107 @@ def _is_factor_tail(kind: str, rest: str) -> bool:
     return rest.endswith(".weight")
 
 
-def _update(path: str, pair: dict[str, Tensor], spec: LoRA, problems: list[str]) -> LayerUpdate | None:
+@dataclass(frozen=True)
+class _Place:
+    """One pair of factors of a file: of which layer and part it is, and how it lies in the file."""
+
+    path: str  # in the tensors' names
+    layer: str
+    part: str = "weight"
+    parameter: bool = False  # in PEFT's layout of parameters,
+    experts: int = 0  # as a stack of so many matrices, or of one
+
+    @property
+    def matched_as(self) -> str:
+        """The name that PEFT's patterns are matched with."""
+        return f"{self.layer}.{self.part}".removeprefix(".") if self.parameter else self.layer
+
+
+def _places(
+    factors: Mapping[str, object],
+    config: Mapping[str, Any],
+    account: Account | None,
+    names: Names,
+    problems: list[str],
+) -> list[_Place]:
+    """Return what each pair of factors in a file belongs to."""
+    found: dict[str, _Place] = {}
+    for name, told in account.layers.items() if account is not None else ():
+        if told.layout == PARAMETERS:
+            paths = zip(_nested(name, len(told.parts)), told.parts, strict=True)
+            found |= {path: _Place(path, name, part, True, told.stacks.get(part, 0)) for path, part in paths}
+        elif told.layout == PARTS:
+            paths = ((f"{name}.{part}".removeprefix("."), part) for part in told.parts)
+            found |= {path: _Place(path, name, part) for path, part in paths}
+    if account is not None:
+        parameters = {place.matched_as for place in found.values() if place.parameter}
+        if parameters != set(config.get("target_parameters") or []):
+            problems.append(
+                f"target_parameters is {config.get('target_parameters')!r} in adapter_config.json, the tensors' own "
+                f"header has {sorted(parameters)}"
+            )
+    else:
+        for name, parameters in _target_parameters(config, names, problems).items():
+            for path, part in zip(_nested(name, len(parameters)), parameters, strict=True):
+                weight = names.modules[name].get_parameter(part)
+                found[path] = _Place(path, name, part, True, weight.shape[0] if weight.dim() == 3 else 0)
+        problems += [f"{path}: the file lacks its factors" for path in found if path not in factors]
+    return [found.get(path) or _Place(path, path) for path in factors]
+
+
+def _target_parameters(config: Mapping[str, Any], names: Names, problems: list[str]) -> dict[str, list[str]]:
+    """Return {module: its parameters} that `target_parameters` names, which PEFT takes as endings."""
+    wanted = config.get("target_parameters") or []
+    if not isinstance(wanted, list):
+        problems.append(f"adapter_config.json: target_parameters is {wanted!r}")
+        return {}
+    found: dict[str, list[str]] = {}
+    for entry in wanted:
+        matches = names.parameters_matching(str(entry)) if "*" not in str(entry) else []
+        if not matches and names.modules.keys() - {""}:
+            problems.append(f"adapter_config.json: target_parameters names '{entry}', which this model has not")
+        for name, part in matches:
+            found.setdefault(name, []).append(part)
+    return {name: [part for part in names.modules[name]._parameters if part in parts] for name, parts in found.items()}
+
+
+def _decode_place(
+    place: _Place, factors: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], content: Content
+) -> None:
+    """Put one pair of factors into the content, as factors of its layer's matrix."""
+    path, pair, problems = place.path, factors[place.path], content.problems
+    rank = ranks_of(config, [place.matched_as], problems)[place.matched_as]
+    alpha = alphas_of(config, [place.matched_as], problems)[place.matched_as]
+    spec = dataclasses.replace(content.spec, rank=rank, alpha=alpha)
     missing = {"A", "B"} - pair.keys()
     if missing:
         problems.append(f"{path}: the file lacks lora_{missing.pop()}")
-        return None
+        return
     A, B = pair["A"], pair["B"]
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+    read: Pair | str
+    if place.parameter:
+        read = read_stack(A, B, place.experts)
+    elif A.dim() > 2 and place.layer == place.path:
+        read = read_kernels(A, B)
+    else:
+        read = (A, B)
+    if isinstance(read, str):
+        problems.append(f"{path}: {read}")
+        return
+    blocks = max(A.shape[0] // max(B.shape[1], 1), 1) if A.dim() > 2 and not place.parameter else 1
+    written_rank = read[0].shape[-2] * blocks if read[0].dim() > 1 else 0
+    if read[0].dim() < 2 or read[1].dim() < 2 or read[0].shape[-2] != read[1].shape[-1]:
         problems.append(f"{path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of factors")
-        return None
-    if A.shape[0] != spec.rank:
-        problems.append(f"{path}: its factors have rank {A.shape[0]}, adapter_config.json says {spec.rank}")
-        spec = dataclasses.replace(spec, rank=max(A.shape[0], 1))
-    return LayerUpdate(spec, {"weight": (A, B)})
+        return
+    if written_rank != spec.rank:
+        problems.append(f"{path}: its factors have rank {written_rank}, adapter_config.json says {spec.rank}")
+        spec = dataclasses.replace(spec, rank=max(written_rank, 1))
+    if blocks > 1:
+        spec = dataclasses.replace(
+            spec, rank=spec.rank // blocks, alpha=spec.alpha / (blocks**0.5 if spec.rank_stabilised else blocks)
+        )
+    update = content.updates.setdefault(place.layer, LayerUpdate(spec, {}, by_parts=place.parameter))
+    update.factors[place.part] = read
 
 
 def _decode_rest(

@@ -1,0 +1,109 @@
+"""How the factors of one layer lie in PEFT's tensors: by the kind of the layer, there and back.
+
+matrix      A (rank, in) and B (out, rank), as they are
+embedding   the same, under names of their own
+blocks      parts of a fused projection as one pair: A stacked, B zero outside of each part's rows and columns
+kernel      a convolution: A (rank, in / groups, *kernel) and B (out, rank, 1, ...). PEFT's A sees the channels of all
+            groups, so that of a grouped one each group gets a rank of its own and zeros for the others' channels
+parameters  stacks of matrices: A (experts · rank, in), row by row of each expert, and B (out, rank · experts), the
+            experts side by side for each column
+parts       what PEFT has no layer for: the factors of every part under the part's name
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ...hosts import PARAMETER, ConvHost, ConvTransposeHost, FusedHost
+from ...lowrank import stack_blocks
+from ..content import LayerUpdate
+
+MATRIX, EMBEDDING, BLOCKS, KERNEL, PARAMETERS, PARTS = (
+    "matrix",
+    "embedding",
+    "blocks",
+    "kernel",
+    "parameters",
+    "parts",
+)
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which of these, and how many times the rank of the update the rank of PEFT's pair is."""
+
+    kind: str
+    blocks: int = 1
+
+
+def layout_of(update: LayerUpdate) -> Layout:
+    """Return the layout in which an update that was taken from a model is written."""
+    host = update.host
+    if isinstance(host, FusedHost):
+        return Layout(BLOCKS, len(update.factors))
+    if isinstance(host, ConvHost):
+        return Layout(KERNEL, update.groups)
+    if host is PARAMETER and all(len(shape) < 4 for shape in update.shapes.values()):
+        return Layout(PARAMETERS)
+    if host is None or not host.additive or isinstance(host, ConvTransposeHost):
+        return Layout(PARTS)
+    return Layout(EMBEDDING if host.lookup else MATRIX)
+
+
+def written_pair(update: LayerUpdate) -> Pair:
+    """Return the one pair of tensors of a layer."""
+    host, layout = update.host, layout_of(update)
+    if isinstance(host, FusedHost):
+        rows = host.layout
+        return stack_blocks([(A, B, rows.index(part)) for part, (A, B) in update.factors.items()], rows.rows)
+    A, B = update.factors["weight"]
+    return _kernels(A, B, update.shapes["weight"], layout.blocks) if layout.kind == KERNEL else (A, B)
+
+
+def _kernels(A: Tensor, B: Tensor, weight: tuple[int, ...], groups: int) -> Pair:
+    inner, kernel = weight[1], weight[2:]
+    rank = A.shape[0]
+    of_group = A.view(rank, inner, *kernel)
+    wide = A.new_zeros(groups * rank, groups * inner, *kernel)
+    for group in range(groups):
+        wide[group * rank : (group + 1) * rank, group * inner : (group + 1) * inner] = of_group
+    return wide, B.view(*B.shape, *[1] * len(kernel))
+
+
+def read_kernels(A: Tensor, B: Tensor) -> Pair | str:
+    """Return the factors of a convolution from its kernels A and B, or why they are none that its weight can hold."""
+    rank = B.shape[1]
+    groups, rest = divmod(A.shape[0], rank)
+    inner, uneven = divmod(A.shape[1], groups)
+    if rest or uneven or B.dim() != A.dim() or prod(B.shape[2:]) != 1:
+        return f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of kernels"
+    first = A[:rank, :inner]
+    for row in range(groups):
+        for column in range(groups):
+            block = A[row * rank : (row + 1) * rank, column * inner : (column + 1) * inner]
+            if not torch.equal(block, first if row == column else torch.zeros_like(first)):
+                return (
+                    f"its lora_A mixes the channels of all {groups} groups, which no change of a grouped convolution's "
+                    "weight can do: it could not be merged"
+                )
+    return first.flatten(1), B.flatten(1)
+
+
+def written_stack(A: Tensor, B: Tensor) -> Pair:
+    """Return PEFT's pair of a stack, A (experts, rank, in) and B (experts, out, rank), or of one matrix."""
+    if A.dim() == 2:
+        return A, B
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+
+
+def read_stack(A: Tensor, B: Tensor, experts: int) -> Pair | str:
+    """Return the factors of a stack of so many matrices from PEFT's pair; of one matrix when that is 0."""
+    if not experts:
+        return A, B
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] % experts or A.shape[0] != B.shape[1]:
+        return f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of factors for {experts} experts"
+    return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
