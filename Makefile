@@ -26,11 +26,12 @@ $(DEMO_READY): pyproject.toml constraints.txt tests/real/requirements.txt
 
 install: $(READY)
 
-$(READY): pyproject.toml constraints.txt tests/real/requirements.txt
+$(READY): pyproject.toml constraints.txt tests/real/requirements.txt tests/quantised/requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --requirement tests/real/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/apart --requirement tests/quantised/requirements.txt
 	touch $(READY) $(DEMO_READY)
 
 test: $(READY)

@@ -8,8 +8,9 @@ ROOT = Path(__file__).parents[1] / "src" / "lorank"
 # From the bottom to the top. A module may import from lower lines, and within its own folder.
 LAYERS = [
     {"errors", "version"},
-    {"extras"},
+    {"extras", "idle"},
     {"lowrank", "hosts", "fingerprint", "reading"},
+    {"merge_report"},
     {"variants"},
     {"adapted"},
     {"tree"},

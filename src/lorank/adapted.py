@@ -32,10 +32,17 @@ class Adapters(nn.Module):
         self.stand_in: str | None = None  # of these, the copy that runs instead of the layer
         self.layer_names: dict[str, str] = {}  # what the layer is called in the model each adapter was put on
         self.kept: dict[tuple[str, bool], Tensor] | None = None  # what was read of W + ΔW in the call that is running
+        self.may_block = False  # the layer's forward may pass no gradient on; its host knows
+        self.unpacked: nn.Module | None  # runs in the place of a quantised layer, in a `merged` block
+        self.run_unpacked(None)
         self.folded: tuple[str, ...] = ()  # names that `merged` has folded into the weights for now
         self.absent: str | None = None  # the prefix of its keys, when the checkpoint last loaded had none of them
         self.register_load_state_dict_post_hook(_allow_base_checkpoint)
         self._register_state_dict_hook(_leave_out_folded)
+
+    def run_unpacked(self, layer: nn.Module | None) -> None:
+        """Run an ordinary layer instead of the quantised one for now; it is no part of the model."""
+        self.__dict__["unpacked"] = layer
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,7 +73,10 @@ class Adapters(nn.Module):
         changes = [leaf.change(layer) for leaf in leaves if leaf.attribute(layer) == attribute]
         value: Tensor = own
         if changes:
-            value = sum(changes, own.to(changes[0].dtype)).to(own.dtype)
+            host = registered_host(layer)
+            if host is not None and host.quantised and attribute == "weight":
+                value = host.stored(layer, "weight", host.matrix(layer, "weight"))
+            value = sum(changes, value.to(changes[0].dtype)).to(value.dtype)
         if self.kept is not None:
             self.kept[key] = value
         return value
@@ -84,6 +94,11 @@ class Adapters(nn.Module):
 def _leave_out_folded(adapters: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Leave adapters out of a state dict taken in a `merged` block: its weights hold them already."""
     assert isinstance(adapters, Adapters)
+    if adapters.unpacked is not None:
+        raise AdapterError(
+            f"{prefix.removesuffix('.adapters.')} is quantised: in `with lorank.merged(model)` it has no weights to "
+            "save; lorank.merge makes it an ordinary layer"
+        )
     prefixes = tuple(f"{prefix}{name}." for name in adapters.folded)
     if prefixes:
         for key in [key for key in state_dict if key.startswith(prefixes)]:
@@ -115,12 +130,14 @@ class Adapted(nn.Module):
         adapters = self.adapters
         if adapters.stand_in is not None:
             output = run_copy(self, adapters[adapters.stand_in], args, kwargs)
+        elif adapters.unpacked is not None:
+            output = adapters.unpacked(*args, **kwargs)
         elif self.substitutes:
             return self._run_under_updates(args, kwargs)
         elif self.reads and adapters.updates:
-            host = registered_host(self)
-            assert isinstance(host, AdditiveHost), "layers of all others substitute"
-            output = host.apply(self, *args, **kwargs)
+            output = self._additive_host().apply(self, *args, **kwargs)
+        elif adapters.may_block and torch.is_grad_enabled() and self._additive_host().blocks(self):
+            output = self._additive_host().passing(self, *args, **kwargs)
         else:
             output = super().forward(*args, **kwargs)
         if adapters.updates:
@@ -128,6 +145,11 @@ class Adapted(nn.Module):
             for name in adapters.updates:
                 output = adapters[name](self, x, output)
         return output
+
+    def _additive_host(self) -> AdditiveHost:
+        host = registered_host(self)
+        assert isinstance(host, AdditiveHost), "layers of all others substitute"
+        return host
 
     def _run_under_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the base's forward, which reads W + ΔW; each is computed once, however often it is read."""
@@ -216,6 +238,8 @@ def attach(
     reads, substitutes = _reads(layer, entry, read_without_call)
     if not isinstance(layer, Adapted):
         layer.add_module("adapters", Adapters())
+        host = registered_host(layer)
+        cast(Adapters, layer.adapters).may_block = isinstance(host, AdditiveHost) and host.may_block
     if not isinstance(layer, Adapted) or (layer.reads, layer.substitutes) != (reads, substitutes):
         _change_class(layer, adapted_class(base_class(layer), reads, substitutes))
     adapters = cast(Adapted, layer).adapters
@@ -234,6 +258,21 @@ def _reads(layer: nn.Module, entry: nn.Module, read_without_call: frozenset[str]
     substitutes = not all(leaf.adds(layer) for leaf in leaves)
     substitutes |= bool(reads) and not isinstance(registered_host(layer), AdditiveHost)
     return (reads | changed if substitutes else reads), substitutes
+
+
+def become(layer: nn.Module, other: nn.Module) -> None:
+    """Make a layer what another is, parameters and attributes and class, with the adapters that it carries."""
+    to = type(other)
+    adapters = layer._modules.get("adapters")
+    if isinstance(layer, Adapted):
+        to = adapted_class(to, layer.reads, layer.substitutes)
+    _change_class(layer, to)
+    for name in layer.__dict__.keys() - other.__dict__.keys() - {"forward", "_old_forward", "_hf_hook"}:
+        del layer.__dict__[name]
+    layer.__dict__.update({k: v for k, v in other.__dict__.items() if not k.startswith("_") and k != "training"})
+    layer._parameters, layer._buffers, layer._modules = other._parameters, other._buffers, other._modules
+    if adapters is not None:
+        layer._modules["adapters"] = adapters
 
 
 def _change_class(layer: nn.Module, to: type[nn.Module]) -> None:

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import dtype_name
+from .errors import dtype_name, enumerate_names
 
 SAMPLES = 32  # values kept of each matrix, evenly spread over it
+# Packing to two bits moves weights by a third of their size, to four by a tenth; unrelated ones are 1.4 apart.
+_REPACKED = 0.5
+_SAME_PACKING = 0.01  # bitsandbytes rounds its scales to bfloat16 when it first runs on a CPU
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -22,8 +25,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Fingerprint:
     """What is remembered of one matrix."""
 
-    dtype: str  # "bfloat16"
-    checksum: int  # of all bits
+    dtype: str  # "bfloat16", or how it was packed: "nf4 of bitsandbytes"
+    checksum: int | None  # of all bits; None when only the samples were taken
     samples: Tensor  # (SAMPLES,) float32
 
     def to_json(self) -> dict[str, Any]:
@@ -34,7 +37,8 @@ class Fingerprint:
     def from_json(fields: dict[str, Any]) -> "Fingerprint":
         """Return what `to_json` described; raises ValueError, KeyError or TypeError for anything else."""
         samples = array("f", base64.b64decode(fields["samples"]))
-        if not isinstance(getattr(torch, fields["dtype"], None), torch.dtype) or len(samples) != SAMPLES:
+        named = isinstance(fields["dtype"], str) and (_is_dtype(fields["dtype"]) or " of " in fields["dtype"])
+        if not named or len(samples) != SAMPLES:
             raise ValueError(f"a fingerprint of {len(samples)} samples in {fields['dtype']!r}")
         values = torch.tensor(samples.tolist(), dtype=torch.float32, device="cpu")
         return Fingerprint(fields["dtype"], int(fields["checksum"]), values)
@@ -44,34 +48,81 @@ class Fingerprint:
 class Comparison:
     """How a matrix differs from the one that was fingerprinted."""
 
-    same: bool  # no difference, or none that rounding to another dtype does not explain
+    same: bool  # no difference, or none that rounding to another dtype, or packing, does not explain
     dtypes: tuple[str, str]  # then, now
     difference: float  # relative, over the samples
 
+    @property
+    def repacked(self) -> bool:
+        """Whether the same base was packed by a quantiser then or is now, and not in the same way."""
+        return self.dtypes[0] != self.dtypes[1] and not all(map(_is_dtype, self.dtypes))
 
-def fingerprint(W: Tensor) -> Fingerprint:
-    """Return the fingerprint of a dense matrix (out, in), or of a stack of them."""
-    return Fingerprint(dtype_name(W.dtype), _checksum(W), _sample(W))
+
+def fingerprint(W: Tensor, stored_as: str | None = None, samples_alone: bool = False) -> Fingerprint:
+    """Return the fingerprint of a dense matrix (out, in), or of a stack of them.
+
+    stored_as: how a quantiser packed it, when W was unpacked for this.
+    samples_alone: leave out the checksum, which has to read all of W.
+    """
+    return Fingerprint(stored_as or dtype_name(W.dtype), None if samples_alone else _checksum(W), _sample(W))
 
 
-def compare(then: Fingerprint, W: Tensor) -> Comparison:
+def compare(then: Fingerprint, W: Tensor, stored_as: str | None = None) -> Comparison:
     """Compare a matrix with a fingerprint taken earlier.
 
-    In the same dtype every bit counts. In another dtype the samples must be roundings of one value.
+    In the same dtype every bit counts, where there is a checksum. In another dtype the samples must be roundings of
+    one value. Where one of the two is packed, they must only be much nearer to each other than two unrelated matrices
+    are: `difference` says how near they are.
     """
-    now = fingerprint(W)
+    now = fingerprint(W, stored_as, samples_alone=then.checksum is None)
     gap = torch.where(then.samples == now.samples, 0.0, (then.samples - now.samples).abs())
     norm = float(torch.linalg.vector_norm(then.samples))
     difference = float(torch.linalg.vector_norm(gap)) / norm if norm else float(gap.max())
-    if then.dtype == now.dtype:
-        same = then.checksum == now.checksum
-    else:
+    if then.dtype == now.dtype and then.checksum is not None and then.checksum == now.checksum:
+        same = True
+    elif then.dtype == now.dtype and not _is_dtype(now.dtype):
+        same = difference < _SAME_PACKING
+    elif then.dtype == now.dtype and then.checksum is not None:
+        same = False
+    elif _is_dtype(then.dtype) and _is_dtype(now.dtype):
         # Each is off by at most half a unit in the last place of its dtype, and of the coarser one that is at most
         # half its epsilon of the larger value. The absolute term covers float16's subnormal range.
-        coarse = max(_epsilon(then.dtype), _epsilon(now.dtype))
+        # Samples alone cannot tell in which dtypes a matrix was in between.
+        between = [] if then.checksum is not None else ["bfloat16"]
+        coarse = max(_epsilon(name) for name in [then.dtype, now.dtype, *between])
         allowed = coarse * torch.maximum(then.samples.abs(), now.samples.abs()) + 6e-8
         same = bool((gap <= allowed).all())
+    else:
+        same = difference < _REPACKED
     return Comparison(bool(same), (then.dtype, now.dtype), difference)
+
+
+def other_base(compared: dict[str, Comparison], allow_other_base: bool, remarks: list[str]) -> list[str]:
+    """Return a problem for another base; add a remark for the same base in another dtype."""
+    different = {label: c for label, c in compared.items() if not c.same}
+    if different:
+        label, worst = max(different.items(), key=lambda item: item[1].difference)
+        text = (
+            f"the base differs from the one this adapter was saved on, in {len(different)} of {len(compared)} adapted "
+            f"matrices (most in {label}, by {worst.difference:.2%} of its sampled values)"
+        )
+        if not allow_other_base:
+            return [f"{text}; pass allow_other_base=True to load it all the same"]
+        remarks.append(text)
+        return []
+    changed = {c.dtypes for c in compared.values() if c.dtypes[0] != c.dtypes[1]}
+    if changed:
+        pairs = enumerate_names(f"{then} then, {now} now" for then, now in sorted(changed))
+        text = f"the base is the one this adapter was saved on in another dtype ({pairs})"
+        label, worst = max(compared.items(), key=lambda item: item[1].difference * item[1].repacked)
+        if worst.repacked:
+            text += f"; most in {label}, by {worst.difference:.2%} of its sampled values"
+        remarks.append(text)
+    return []
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def _checksum(W: Tensor) -> int:

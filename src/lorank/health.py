@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError, enumerate_names, raise_problems
+from .idle import idle_experts, is_idle
 from .surgery import adapter_parameters, named_or_active
 from .tree import active_adapters, adapter_names, base_modules, entries, unwrapped
 from .variants import Adapter, LoRAAdapter
@@ -16,7 +17,8 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
     there. On the first step one factor of each pair is zero, so the other's gradient is zero too, and that is in
     order. With `moved=True`, after a few optimiser steps, every factor must have a gradient: a pair of which one
     still has none never left its start. Returns remarks that are no errors: how many tokens of an adapted
-    embedding did not occur, and dropout that does nothing because the model is in eval mode.
+    embedding did not occur, which experts of a mixture saw no token while others did, and dropout that does nothing
+    because the model is in eval mode.
 
     Raises AdapterError that names every parameter without a gradient, and the likely cause.
     """
@@ -42,16 +44,19 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
                         unmoved.append(layer_name)
                     if not moved:
                         idle |= {id(a) for a, b in ((leaf.A, leaf.B), (leaf.B, leaf.A)) if _has_gradient(b)}
-                    remarks += _unseen_tokens(layer_name, leaf)
+                    remarks += _unseen_tokens(layer_name, leaf) + _idle_of_stack(layer_name, leaf)
     remarks += [f"'{a}': dropout {p} has no effect in eval mode; model.train() turns it on" for a, p in dropout.items()]
+    experts = idle_experts({key for key, p in parameters.items() if not _has_gradient(p)}, parameters)
+    unmoved = [name for name in unmoved if not is_idle(f"{name}.", experts)]
     if unmoved:
         problems.append(
             f"{enumerate_names(unmoved, 3)}: a factor is still zero after your steps; is it in the optimiser? Make "
             "that from lorank.adapter_parameters(model), after adapt"
         )
+    remarks += [f"{n}: {len(i)} experts saw no token ({enumerate_names(sorted(i))})" for n, i in experts.items()]
     for key, parameter in parameters.items():
-        problem = _gradient_problem(parameter, idle=id(parameter) in idle)
-        if problem:
+        problem = _gradient_problem(parameter, idle=id(parameter) in idle or is_idle(key, experts))
+        if problem and not (parameter.grad is None and is_idle(key, experts)):
             problems.append(f"{key} {problem}")
     if problems:
         problems.append(_advice(model))
@@ -85,12 +90,21 @@ class Watch:
             return check(self.model, self.name)
         if self.seen < self.patience:
             return []
+        experts = idle_experts(self.idle, now)
         still = [key for key, start in self.start.items() if torch.equal(now[key].detach(), start)]
         problems = [f"{key} never had a gradient other than zero" for key in sorted(self.idle)]
-        problems += [f"{key}: is it in the optimiser, and is the learning rate above 0?" for key in still]
+        problems = [problem for problem in problems if not is_idle(problem, experts)]
+        problems += [
+            f"{key}: is it in the optimiser, and is the learning rate above 0?"
+            for key in still
+            if not is_idle(key, experts)
+        ]
         self.start = {}
         raise_problems(f"these adapter parameters have not moved in {self.patience} steps", problems)
-        return []
+        return [
+            f"{name}: {len(idle)} experts saw no token in {self.patience} steps ({enumerate_names(sorted(idle))})"
+            for name, idle in experts.items()
+        ]
 
 
 def _gradient_problem(parameter: Tensor, idle: bool) -> str | None:
@@ -117,6 +131,16 @@ def _unseen_tokens(layer_name: str, leaf: LoRAAdapter) -> list[str]:
         return []
     unseen = int((leaf.A.grad == 0).all(dim=0).sum())
     return [f"{layer_name}: {unseen:,} of {leaf.A.shape[1]:,} tokens got no gradient"] if unseen else []
+
+
+def _idle_of_stack(layer_name: str, leaf: LoRAAdapter) -> list[str]:
+    """Return a remark for the experts of a stack of matrices that got no gradient."""
+    gradients = [factor.grad for factor in (leaf.A, leaf.B) if factor.dim() == 3 and factor.grad is not None]
+    if not gradients:
+        return []
+    busy = torch.stack([gradient.flatten(1).any(dim=1) for gradient in gradients]).any(dim=0)
+    idle = int((~busy).sum())
+    return [f"{layer_name}[{leaf.part}]: {idle} of {len(busy)} experts saw no token"] if 0 < idle < len(busy) else []
 
 
 def _why_no_gradient(model: nn.Module, chosen: list[str]) -> str:

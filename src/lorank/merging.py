@@ -1,6 +1,8 @@
 """merge and merged: fold adapters into the weights, for good or for a block (paper, section 4.1)."""
 
+import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapted import Adapted, detach, why_not_detachable
+from .adapted import Adapted, become, detach, why_not_detachable
 from .companions import BiasOffset
-from .errors import AdapterWarning, dtype_name, raise_problems
-from .hosts import FusedHost, Host, NoHost, host_of, plain_parameter
+from .errors import AdapterWarning, dtype_name, enumerate_names, raise_problems
+from .fingerprint import Comparison, compare, other_base
+from .hosts import FusedHost, Host, NoHost, host_of, plain_parameter, registered_host
+from .merge_report import MergeReport, MergeRow, measured, warn_of_losses, wide
 from .surgery import named_or_active, thaw_base, why_not_together
 from .ties import Ties
 from .tree import (
@@ -22,51 +26,9 @@ from .tree import (
     require_not_sharded,
     require_whole_model,
     unwrapped,
+    updates_of,
 )
 from .variants import Adapter, LoRAAdapter, Update
-
-# A layer that loses more than this share of its update to rounding is worth a warning.
-_LOUD_ERROR = 0.5
-
-
-@dataclass(frozen=True)
-class MergeRow:
-    """What merging did to one matrix or bias."""
-
-    label: str  # "h.0.attn.c_attn[q]"
-    dtype: torch.dtype
-    update_norm: float  # Frobenius norm of what was to be added
-    relative_error: float  # norm of what rounding to the dtype changed, over update_norm; 0 where nothing was added
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What merging did, measured on the rounded weights. Printing it shows the worst layers."""
-
-    adapters: tuple[str, ...]
-    rows: tuple[MergeRow, ...]
-    copies: tuple[str, ...]  # modules that were replaced by the adapter's copy
-
-    @property
-    def worst(self) -> MergeRow | None:
-        """The row with the largest relative error."""
-        return max(self.rows, key=lambda row: row.relative_error, default=None)
-
-    def __str__(self) -> str:
-        lines = [f"merged {', '.join(self.adapters)} into {len(self.rows)} tensors, computed in float32, rounded once"]
-        if self.copies:
-            lines.append(f"replaced by the adapter's copy: {', '.join(self.copies)}")
-        if self.rows:
-            ordered = sorted(self.rows, key=lambda row: -row.relative_error)
-            lines.append("relative error of the update after rounding, worst first:")
-            for row in ordered[:5]:
-                tensor = f"{row.label} ({dtype_name(row.dtype)}, update norm {row.update_norm:.3g})"
-                lines.append(f"  {row.relative_error:9.2e}  {tensor}")
-            if len(ordered) > 5:
-                lines.append(
-                    f"  and {len(ordered) - 5} more, the median {ordered[len(ordered) // 2].relative_error:.2e}"
-                )
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -78,17 +40,29 @@ class _Job:
     stand_in: nn.Module | None
     updates: dict[str, list[Update]]  # part -> updates of it
     offsets: list[BiasOffset]
+    dtype: torch.dtype | None  # for a layer that has to be unpacked
+    bases: dict[str, Comparison]  # part -> with the base that an update of it was trained on, where that is another
+
+    @property
+    def quantised(self) -> Host | None:
+        """The host of the layer, when its weight is packed and has to be unpacked."""
+        hosts = [update.host for updates in self.updates.values() for update in updates]
+        return next((host for host in hosts if host.quantised), None)
 
     def written(self) -> list[Tensor]:
         """Return the layer's own tensors that folding writes."""
         if self.stand_in is not None:
             return [tensor for _, tensor in _base_tensors(self.layer)]
-        weights = [updates[0].host.weight(self.layer, updates[0].part) for updates in self.updates.values()]
+        weights = [] if self.quantised is not None else self.weights()
         biases = [plain_parameter(self.layer, "bias")] if self.offsets else []
         return list({id(tensor): tensor for tensor in weights + biases}.values())
 
+    def weights(self) -> list[nn.Parameter]:
+        """Return the layer's own parameters that updates change."""
+        return [updates[0].host.weight(self.layer, updates[0].part) for updates in self.updates.values()]
 
-def merge(model: nn.Module, name: str | None = None) -> MergeReport:
+
+def merge(model: nn.Module, name: str | None = None, *, allow_other_base: bool = False) -> MergeReport:
     """Fold an adapter into the base for good, remove it, and return a report of what rounding cost.
 
     Afterwards the model is an ordinary one: the adapter's layers have their own class again and cost nothing
@@ -96,12 +70,16 @@ def merge(model: nn.Module, name: str | None = None) -> MergeReport:
     `train_also` and `bias` are written likewise. Without a name it is the active adapters that are merged, all
     of them at once; other adapters stay.
 
+    A quantised layer becomes an ordinary one, W dequantised plus ΔW, in the dtype in which the model computes. An
+    adapter that was trained on the same base in another quantisation warns, with the difference that was measured;
+    one that was trained on other weights is an error, unless `allow_other_base`, or it was loaded so.
+
     Raises AdapterError before anything is changed: for weights that another module uses too (tied embedding and
     head), for values that are not finite or would not be in the weight's dtype, on the meta device, and for
     layers that were sharded. Warns when a layer loses more than half of its update to rounding.
     """
     model = unwrapped(model)
-    jobs, names = _prepare(model, name)
+    jobs, names = _prepare(model, name, allow_other_base)
     for adapter in names:
         require_whole_model(model, adapter, "cannot merge")
     reasons = {job.name: why_not_detachable(job.layer) for job in jobs}
@@ -109,31 +87,54 @@ def merge(model: nn.Module, name: str | None = None) -> MergeReport:
     rows: list[MergeRow] = []
     for job in jobs:  # layer by layer, so that the model computes the same at every moment
         rows += _fold(job)
+        unpacked = job.layer.adapters.unpacked
+        job.layer.adapters.run_unpacked(None)
         for adapter in names:
             if adapter in job.layer.adapters:
                 detach(job.layer, adapter)
             if not isinstance(job.layer, Adapted):
                 break
+        if unpacked is not None:
+            become(job.layer, unpacked)
+        _renew(job.layer)
     thaw_base(model)
+    _settle_quantisation(model, any(job.quantised for job in jobs))
     report = MergeReport(tuple(names), tuple(rows), tuple(job.name for job in jobs if job.stand_in is not None))
-    warn_of_rounding(report)
+    warn_of_losses(report)
     return report
 
 
-def warn_of_rounding(report: MergeReport) -> None:
-    """Warn when a layer lost more than half of its update."""
-    worst = report.worst
-    if worst is not None and worst.relative_error > _LOUD_ERROR:
-        warnings.warn(
-            f"rounding to {dtype_name(worst.dtype)} lost {worst.relative_error:.0%} of the update of {worst.label}; "
-            "merge into a float32 base, or keep the adapter unmerged",
-            AdapterWarning,
-            stacklevel=3,
-        )
+def _renew(layer: nn.Module) -> None:
+    """Let the adapters that stay on a layer know what it has become."""
+    if not isinstance(layer, Adapted):
+        return
+    for leaf in updates_of(layer):
+        if leaf.host.quantised:
+            leaf.host = registered_host(layer) or leaf.host
+            layer.adapters.may_block = False
+        leaf.remember_base(layer)
+
+
+def _settle_quantisation(model: nn.Module, unpacked: bool) -> None:
+    """Let transformers know that a model is no longer quantised, once none of its layers is."""
+    quantiser = getattr(model, "hf_quantizer", None)
+    if not unpacked or quantiser is None:
+        return
+    hosts = {name: registered_host(module) for name, module in base_modules(model)}
+    packed = [name for name, host in hosts.items() if host is not None and host.quantised]
+    if not packed:
+        quantiser.remove_quantization_config(model)
+        return
+    warnings.warn(
+        f"{enumerate_names(packed, 3)} stay quantised, the adapted layers no longer are; save_pretrained would "
+        "describe them all as quantised",
+        AdapterWarning,
+        stacklevel=3,
+    )
 
 
 @contextmanager
-def merged(model: nn.Module, name: str | None = None) -> Iterator[MergeReport]:
+def merged(model: nn.Module, name: str | None = None, *, allow_other_base: bool = False) -> Iterator[MergeReport]:
     """Run with adapters folded into the weights; afterwards the weights are the same bits as before.
 
     The block needs memory for a copy of every weight that it changes. Inside it the model cannot be adapted,
@@ -141,7 +142,7 @@ def merged(model: nn.Module, name: str | None = None) -> Iterator[MergeReport]:
     AdapterError as `merge` does.
     """
     model = unwrapped(model)
-    jobs, names = _prepare(model, name)
+    jobs, names = _prepare(model, name, allow_other_base)
     active = {id(layer): (layer, layer.adapters.active) for layer in adapted_layers(model).values()}
     saved = [(tensor, tensor.detach().clone()) for job in jobs for tensor in job.written()]
     try:
@@ -155,11 +156,12 @@ def merged(model: nn.Module, name: str | None = None) -> Iterator[MergeReport]:
         for tensor, bits in saved:
             tensor.data.copy_(bits)
         for layer, names_before in active.values():
+            layer.adapters.run_unpacked(None)
             layer.adapters.folded = ()
             layer.adapters.activate(names_before)
 
 
-def _prepare(model: nn.Module, name: str | None) -> tuple[list[_Job], list[str]]:
+def _prepare(model: nn.Module, name: str | None, allow_other_base: bool) -> tuple[list[_Job], list[str]]:
     require_not_folded(model, "cannot merge")
     require_not_sharded(model, "cannot merge")
     names = named_or_active(model, name, "merge")
@@ -168,15 +170,42 @@ def _prepare(model: nn.Module, name: str | None) -> tuple[list[_Job], list[str]]
     for adapter in names:
         for layer_name, (layer, entry) in entries(model, adapter).items():
             by_layer.setdefault(layer_name, (layer, []))[1].append(entry)
-    jobs = [_job(layer_name, layer, found) for layer_name, (layer, found) in by_layer.items()]
+    dtype = _floating_dtype(model)
+    jobs = [_job(layer_name, layer, found, dtype) for layer_name, (layer, found) in by_layer.items()]
     ties = Ties(model)
     for job in jobs:
         problems += _job_problems(job, ties)
     raise_problems("cannot merge", problems)
+    other = {label: found for job in jobs for label, found in _other_bases(job, allow_other_base).items()}
+    raise_problems("cannot merge", other_base(other, False, []))
     return jobs, names
 
 
-def _job(name: str, layer: Adapted, found: Sequence[nn.Module]) -> _Job:
+def _floating_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of most of the base's plain parameters: what a quantised layer of it computes in."""
+    own = [p for _, module in base_modules(model) for p in module._parameters.values() if type(p) is nn.Parameter]
+    counts = Counter(p.dtype for p in own if p.is_floating_point())
+    return counts.most_common(1)[0][0] if counts else None
+
+
+@torch.no_grad()
+def _other_bases(job: _Job, allowed: bool) -> dict[str, Comparison]:
+    """Note where an update was trained on another base; return those of other weights that nobody has allowed."""
+    refused = {}
+    for part, updates in job.updates.items():
+        for update in updates:
+            if update.base is None:
+                continue
+            W = update.host.matrix(job.layer, update.part)
+            found = compare(update.base, W, update.host.dtype_name(job.layer, update.part))
+            if not found.same and not (allowed or update.other_base_allowed):
+                refused[job.name if update.part == "weight" else f"{job.name}[{update.part}]"] = found
+            if not found.same or found.repacked:
+                job.bases[part] = found
+    return refused
+
+
+def _job(name: str, layer: Adapted, found: Sequence[nn.Module], dtype: torch.dtype | None) -> _Job:
     stand_in = next((entry for entry in found if not isinstance(entry, Adapter)), None)
     leaves = [leaf for entry in found if isinstance(entry, Adapter) for leaf in entry.leaves()]
     updates: dict[str, list[Update]] = {}
@@ -186,13 +215,14 @@ def _job(name: str, layer: Adapted, found: Sequence[nn.Module]) -> _Job:
     if "weight" in updates and len(updates) > 1:  # one adapter has the whole, another parts of it: round once
         whole = updates.pop("weight")
         updates = {"weight": [*whole, *(update for parts in updates.values() for update in parts)]}
-    return _Job(name, layer, stand_in, updates, [leaf for leaf in leaves if isinstance(leaf, BiasOffset)])
+    return _Job(name, layer, stand_in, updates, [leaf for leaf in leaves if isinstance(leaf, BiasOffset)], dtype, {})
 
 
 @torch.no_grad()
 def _job_problems(job: _Job, ties: Ties) -> list[str]:
     problems = []
-    for parameter in job.written():
+    packed = job.weights() if job.quantised is not None else []
+    for parameter in [*job.written(), *packed]:
         others = ties.others(job.layer, parameter) if isinstance(parameter, nn.Parameter) else []
         if parameter is job.layer._parameters.get("bias"):  # a head's own bias is often registered above it too
             others = [name for name in others if not job.name.startswith(f"{name.rpartition('.')[0]}.")]
@@ -206,7 +236,7 @@ def _job_problems(job: _Job, ties: Ties) -> list[str]:
             problems.append(f"{job.name} has an expanded weight, of which one number stands for many")
         if parameter.device.type == "meta":
             problems.append(f"{job.name} is on the meta device; load its weights first")
-        elif isinstance(parameter, nn.Parameter) and not torch.isfinite(parameter).all():
+        elif isinstance(parameter, nn.Parameter) and not packed and not torch.isfinite(parameter).all():
             problems.append(f"{job.name} holds NaN or Inf in the base's own weights")
     trained = [leaf for leaves in job.updates.values() for leaf in leaves] + job.offsets
     trained += [job.stand_in] if job.stand_in is not None else []
@@ -244,6 +274,8 @@ def _overflows(job: _Job) -> list[str]:
             problems.append(f"{job.name}: the merged bias is too large for {dtype_name(bias.dtype)}")
     for part, updates in job.updates.items():
         W = updates[0].host.matrix(job.layer, part)
+        if job.quantised is not None:
+            W = W.to(job.quantised.unpacked_dtype(job.layer) or job.dtype)
         limit = torch.finfo(W.dtype).max
         # |ΔW| <= |scale| · rank · max|A| · max|B|: cheap, and enough for all but the odd float16 layer.
         factors = [u for u in updates if isinstance(u, LoRAAdapter)]
@@ -278,36 +310,41 @@ def _fold(job: _Job) -> list[MergeRow]:
             before = wide(tensor).clone()
             tensor.data.copy_(trained[name])
             if trained[name].dtype != tensor.dtype:  # a float32 copy in a half-precision base
-                rows.append(_row(f"{job.name}.{name}", before, wide(trained[name]) - before, tensor))
-    for part, updates in job.updates.items():
-        host: Host = updates[0].host
-        before = wide(host.matrix(job.layer, part)).clone()
-        rows.append(fold(job.name, job.layer, host, part, before, _delta(job, part)))
+                rows.append(measured(f"{job.name}.{name}", before, wide(trained[name]) - before, tensor))
     if job.offsets:
         bias = plain_parameter(job.layer, "bias")
         before = wide(bias).clone()
         update = sum((offset.offset.detach() for offset in job.offsets), torch.zeros_like(before))
         bias.data.copy_(before + update)
-        rows.append(_row(f"{job.name}.bias", before, update, bias))
+        rows.append(measured(f"{job.name}.bias", before, update, bias))
+    for part, updates in job.updates.items():
+        host: Host = updates[0].host
+        before = wide(host.matrix(job.layer, part)).clone()
+        if host.quantised:
+            row = _unpack(job, host, before)
+        else:
+            row = fold(job.name, job.layer, host, part, before, _delta(job, part))
+        if part in job.bases and row.update_norm:
+            apart = job.bases[part].difference * float(torch.linalg.vector_norm(before))
+            row = dataclasses.replace(row, base=job.bases[part], base_error=apart / row.update_norm)
+        rows.append(row)
     return rows
+
+
+def _unpack(job: _Job, host: Host, before: Tensor) -> MergeRow:
+    """Let an ordinary layer with W + ΔW run in the place of a quantised one."""
+    update = _delta(job, "weight")
+    W = (before + update).to(host.unpacked_dtype(job.layer) or job.dtype or before.dtype)
+    unpacked = host.unpacked(job.layer, W).requires_grad_(False).train(job.layer.training)
+    job.layer.adapters.run_unpacked(unpacked)
+    return dataclasses.replace(measured(job.name, before, update, W), unpacked=host.dtype_name(job.layer, "weight"))
 
 
 def fold(name: str, layer: nn.Module, host: Host, part: str, before: Tensor, update: Tensor) -> MergeRow:
     """Write `before + update` (out, in) into a layer, rounded once, and return what that cost."""
     host.write(layer, part, before + update)
     label = name if part == "weight" else f"{name}[{part}]"
-    return _row(label, before, update, host.matrix(layer, part))
-
-
-def _row(label: str, before: Tensor, update: Tensor, after: Tensor) -> MergeRow:
-    norm = float(torch.linalg.vector_norm(update))
-    lost = float(torch.linalg.vector_norm(wide(after) - before - update))
-    return MergeRow(label, after.dtype, norm, lost / norm if norm else 0.0)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in the dtype in which updates are added: float32, or wider."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return measured(label, before, update, host.matrix(layer, part))
 
 
 def _base_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, Slot, appearing_whole, copy_companions, write_index, write_shard
 from .errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
-from .fingerprint import Comparison, compare
-from .formats.content import Content, LayerUpdate, factor_problems, located, other_base
+from .fingerprint import Comparison, compare, other_base
+from .formats.content import Content, LayerUpdate, factor_problems, located
 from .hosts import Host
 from .lowrank import delta
-from .merging import MergeReport, MergeRow, fold, warn_of_rounding, wide
+from .merge_report import MergeReport, MergeRow, warn_of_losses, wide
+from .merging import fold
 from .names import Names
 from .planning import Place
 from .ties import Ties
@@ -108,7 +109,7 @@ def merge_checkpoint(
         copy_companions(base, folder)
         _change_config(folder / "config.json", (config or {}) | ({"dtype": dtype_name(dtype)} if dtype else {}))
     report = MergeReport(("the adapter",), tuple(job.rows), tuple(content.copies))
-    warn_of_rounding(report)
+    warn_of_losses(report)
     return report
 
 
@@ -286,7 +287,9 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
         for part in change.parts:
             if part in update.fingerprints:
                 label = name if part == "weight" else f"{name}[{part}]"
-                job.compared[label] = compare(update.fingerprints[part], host.matrix(layer, part))
+                job.compared[label] = compare(
+                    update.fingerprints[part], host.matrix(layer, part), host.dtype_name(layer, part)
+                )
         if not allow_other_base and any(not found.same for found in job.compared.values()):
             raise_problems("cannot merge", other_base(job.compared, False, []))
         layer._parameters[attribute] = nn.Parameter(tensor.to(slot.dtype, copy=True), requires_grad=False)

@@ -26,7 +26,7 @@ from .tree import (
     require_whole_model,
     unwrapped,
 )
-from .variants import Adapter, Spec, on_device_of
+from .variants import Adapter, Spec, Update, on_device_of
 
 # Where a model keeps the names of the parameters that `adapt` froze, to thaw them when the last adapter goes.
 _FROZEN = "_frozen_by_lorank"
@@ -97,6 +97,9 @@ def install(model: nn.Module, name: str, built: Mapping[str, tuple[nn.Module, nn
         for layer_name, (layer, entry) in built.items():
             attach(layer, layer_name, name, entry, names.read_without_call(layer_name))
             attached.append(layer)
+            for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
+                if isinstance(leaf, Update) and leaf.base is None:
+                    leaf.remember_base(layer)
     except BaseException:
         for layer in attached:
             detach(layer, name)
@@ -168,6 +171,9 @@ def reset(model: nn.Module, name: str | None = None) -> None:
             if isinstance(entry, Adapter):
                 with torch.no_grad():
                     entry.reset_parameters(layer)
+                for leaf in entry.leaves():
+                    if isinstance(leaf, Update):
+                        leaf.remember_base(layer)
             else:
                 _copy_tensors(layer, entry)
 

@@ -9,7 +9,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from .adapted import Adapted, Adapters
 from .errors import AdapterError, AdapterWarning
-from .variants import Adapter
+from .variants import Adapter, Update
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -68,6 +68,12 @@ def active_adapters(model: nn.Module) -> list[str]:
     )
 
 
+def updates_of(layer: Adapted) -> list[Update]:
+    """Return all updates of a layer's matrices, of all its adapters."""
+    found = [leaf for e in layer.adapters._modules.values() if isinstance(e, Adapter) for leaf in e.leaves()]
+    return [leaf for leaf in found if isinstance(leaf, Update)]
+
+
 def entries(model: nn.Module, name: str) -> dict[str, tuple[Adapted, nn.Module]]:
     """Return {layer name: (layer, entry)} of one adapter."""
     return {
@@ -113,6 +119,11 @@ def require_whole_checkpoint(model: nn.Module, incompatible: _IncompatibleKeys) 
     """Report adapter keys as missing when a checkpoint has them for some layers only (a hook of `load_state_dict`)."""
     layers = {id(module): module for _, module in base_modules(model) if isinstance(module, Adapted)}.values()
     absent = [layer.adapters for layer in layers if layer.adapters.absent is not None]
+    for layer in layers:
+        if layer.adapters.absent is not None:  # an adapter that has not been trained belongs to the base that comes
+            for leaf in updates_of(layer):
+                if leaf.at_start(layer):
+                    leaf.remember_base(layer)
     if len(absent) < len(layers):
         for adapters in absent:
             incompatible.missing_keys.extend(f"{adapters.absent}{key}" for key in adapters.state_dict())

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..adapted import pristine_copy, why_not_attachable
 from ..companions import BiasOffset, join, why_no_bias_offset
 from ..copies import copyable_parts, count, own_parameters, why_not_copyable
-from ..errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
-from ..fingerprint import Comparison, Fingerprint, compare, fingerprint
+from ..errors import AdapterError, did_you_mean, dtype_name, raise_problems
+from ..fingerprint import Comparison, Fingerprint, compare, fingerprint, other_base
 from ..hosts import ConvHost, Host, NoHost
 from ..names import Names
 from ..planning import Bias, Place, Plan, name_problems
@@ -83,7 +83,7 @@ def gather(model: nn.Module, name: str) -> Content:
                 with suppress(NoHost):  # a weight that was sharded or parametrised since cannot be recognised later
                     W = leaf.host.matrix(layer, leaf.part)
                     if not W.is_meta:
-                        update.fingerprints[leaf.part] = fingerprint(W)
+                        update.fingerprints[leaf.part] = fingerprint(W, leaf.host.dtype_name(layer, leaf.part))
             else:
                 problems.append(f"{layer_name}: no file format yet for {type(leaf).__name__}")
     raise_problems("cannot save", problems)
@@ -167,9 +167,10 @@ def _fit_updates(
             if wrong:
                 continue
             places.append(place)
-            parts.setdefault(canonical, {})[part] = _filled(place, A, B)
+            parts.setdefault(canonical, {})[part] = filled = _filled(place, A, B)
             if part in update.fingerprints:
-                compared[place.label] = compare(update.fingerprints[part], host.matrix(layer, part))
+                filled.base, filled.other_base_allowed = update.fingerprints[part], allow_other_base
+                compared[place.label] = compare(filled.base, host.matrix(layer, part), host.dtype_name(layer, part))
     problems += other_base(compared, allow_other_base, content.remarks)
     return places
 
@@ -251,7 +252,7 @@ def _value_problems(what: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
     return []
 
 
-def _filled(place: Place, A: Tensor, B: Tensor) -> Adapter:
+def _filled(place: Place, A: Tensor, B: Tensor) -> LoRAAdapter:
     weight = place.host.weight(place.layer, place.part)
     adapter = cast(LoRAAdapter, place.spec.build(place.host, place.layer, place.part, torch.device("meta")))
     for factor, tensor in (("A", A), ("B", B)):
@@ -329,26 +330,6 @@ def _base_problems(content: Content, names: Names) -> list[str]:
         elif not torch.equal(own.detach().cpu(), tensor.to(own.dtype)):
             problems.append(f"the file brings the base's {key}, and it differs from this model's: another base")
     return problems
-
-
-def other_base(compared: dict[str, Comparison], allow_other_base: bool, remarks: list[str]) -> list[str]:
-    """Return a problem for another base; add a remark for the same base in another dtype."""
-    different = {label: c for label, c in compared.items() if not c.same}
-    if different:
-        label, worst = max(different.items(), key=lambda item: item[1].difference)
-        text = (
-            f"the base differs from the one this adapter was saved on, in {len(different)} of {len(compared)} adapted "
-            f"matrices (most in {label}, by {worst.difference:.2%} of its sampled values)"
-        )
-        if not allow_other_base:
-            return [f"{text}; pass allow_other_base=True to load it all the same"]
-        remarks.append(text)
-        return []
-    changed = {c.dtypes for c in compared.values() if c.dtypes[0] != c.dtypes[1]}
-    if changed:
-        pairs = enumerate_names(f"{then} then, {now} now" for then, now in sorted(changed))
-        remarks.append(f"the base is the one this adapter was saved on in another dtype ({pairs})")
-    return []
 
 
 def _tensor_names(names: Names) -> list[str]:

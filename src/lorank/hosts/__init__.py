@@ -14,6 +14,7 @@ from .base import (
     plain_parameter,
     register,
     register_finder,
+    register_weight,
     registered_host,
 )
 
@@ -44,5 +45,6 @@ __all__ = [
     "register",
     "register_finder",
     "register_layout",
+    "register_weight",
     "registered_host",
 ]

@@ -26,6 +26,7 @@ class Host(ABC):
     """
 
     additive: bool = False
+    quantised: bool = False  # the weight is packed: `matrix` unpacks it, and `unpacked` takes the place of `write`
     transposed: bool = False  # the weight is stored as (in, out)
     lookup: bool = False  # the input is indices into W's columns, so it is never multiplied
 
@@ -59,6 +60,10 @@ class Host(ABC):
     def matrix(self, layer: nn.Module, part: str) -> Tensor:
         """Return the weight as a dense (out, in) matrix in its own dtype; a view where that is possible."""
 
+    def dtype_name(self, layer: nn.Module, part: str) -> str:
+        """Return what a part is stored as: "bfloat16", or how it is packed."""
+        return dtype_name(self.own(layer, part).dtype)
+
     @abstractmethod
     def stored(self, layer: nn.Module, part: str, W: Tensor) -> Tensor:
         """Return a matrix (out, in) of this part in the shape of its parameter, with zeros where other parts are."""
@@ -66,6 +71,14 @@ class Host(ABC):
     def write(self, layer: nn.Module, part: str, W: Tensor) -> None:
         """Write W (out, in) into the layer in place, rounded to the weight's dtype: the inverse of `matrix`."""
         self.weight(layer, part).data.copy_(self.stored(layer, part, W))
+
+    def unpacked(self, layer: nn.Module, W: Tensor) -> nn.Module:
+        """Return an ordinary layer that computes what a quantised one does, with the matrix W (out, in)."""
+        raise NotImplementedError("only quantised layers are unpacked")
+
+    def unpacked_dtype(self, layer: nn.Module) -> torch.dtype | None:
+        """Return the dtype that such a layer should have; None for that of the model around it."""
+        return None
 
     def behaves(self, layer: nn.Module) -> bool:
         """Tell whether the layer's own forward computes what this host believes it does, on a small input.
@@ -86,6 +99,7 @@ class AdditiveHost(Host):
     """A host that can apply the two factors one after the other, and add the result to the layer's output."""
 
     additive = True
+    may_block: bool = False  # `blocks` has to be asked
 
     @abstractmethod
     def down(self, layer: nn.Module, part: str, x: Tensor, A: Tensor) -> Tensor:
@@ -111,6 +125,14 @@ class AdditiveHost(Host):
         found in the weight and added once more.
         """
 
+    def blocks(self, layer: nn.Module) -> bool:
+        """Tell whether the layer's own forward passes no gradient on to its input, so that `passing` has to run."""
+        return False
+
+    def passing(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return what the layer's own forward returns for x, with a gradient for x."""
+        return self.apply(layer, x)
+
     @abstractmethod
     def example(self, layer: nn.Module) -> Tensor:
         """Return a small input for `behaves`, of the weight's dtype and on its device."""
@@ -124,6 +146,7 @@ class AdditiveHost(Host):
 H = TypeVar("H", bound=Host)
 
 _HOSTS: dict[type | str, Host] = {}
+_BY_WEIGHT: dict[str, Host] = {}  # by the qualified name of the weight's class
 _BY_CONTENT: list[Callable[[nn.Module], "Host | None"]] = []
 
 
@@ -137,6 +160,17 @@ def register(*layers: type | str) -> Callable[[type[H]], type[H]]:
     def add(host: type[H]) -> type[H]:
         for layer in layers:
             _HOSTS[layer] = host()
+        return host
+
+    return add
+
+
+def register_weight(*weights: str) -> Callable[[type[H]], type[H]]:
+    """Make a `Host` class responsible for layers whose weight is of a class, given by its qualified name."""
+
+    def add(host: type[H]) -> type[H]:
+        for weight in weights:
+            _BY_WEIGHT[weight] = host()
         return host
 
     return add
@@ -174,7 +208,7 @@ def host_of(layer: nn.Module) -> Host:
         raise NoHost("a compiled ScriptModule cannot be changed")
     for part in host.parts(layer):
         host.shape(layer, part)  # raises for a weight that is not a plain matrix
-    if own_class is not None and overrides_forward(layer, own_class) and not host.behaves(layer):
+    if own_class is not None and not host.quantised and overrides_forward(layer, own_class) and not host.behaves(layer):
         raise NoHost(
             f"{type(layer).__name__} does not compute what its base class {own_class.__name__} does; name the "
             "parameter itself ('...weight') to let it compute with W + ΔW"
@@ -196,7 +230,12 @@ def overrides_forward(layer: nn.Module, base: type) -> bool:
 
 
 def registered_host(layer: nn.Module) -> Host | None:
-    """Return the host for the layer's class, whatever the state the layer is in; None when there is none."""
+    """Return the host for the layer's weight or class, whatever the state it is in; None when there is none."""
+    weight = layer._parameters.get("weight")
+    if weight is not None and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
+        for cls in (*type(weight).__mro__, *type(weight.data).__mro__):
+            if _qualified_name(cls) in _BY_WEIGHT:
+                return _BY_WEIGHT[_qualified_name(cls)]
     host = class_host(type(layer))
     if host is not None:
         return host

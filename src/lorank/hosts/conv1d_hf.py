@@ -25,7 +25,8 @@ class Conv1DHost(LinearHost):
     def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
         bias = layer._parameters["bias"]
         assert bias is not None, "Conv1D always has one"
-        return torch.addmm(bias, x.flatten(0, -2), self.own(layer)).unflatten(0, x.shape[:-1])
+        weight = self.own(layer)
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
     def example(self, layer: nn.Module) -> Tensor:
         weight = self.own(layer)

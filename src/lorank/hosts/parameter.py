@@ -3,7 +3,7 @@
 A part for every such parameter of the module that holds it, which runs under W + ΔW. One of two dimensions is a matrix
 (out, in) as it stands; one of three is a stack of them, (experts, out, in), or (experts, in, out) where the module says
 `is_transposed`, as transformers' expert modules do. The kernel of a convolution that computes something of its own is
-(out, in · kernel).
+(out, in · kernel), of a transposed one (in, out · kernel).
 """
 
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def _transposed(layer: nn.Module, weight: Tensor) -> bool:
 
 
 def _is_kernel(layer: nn.Module, weight: Tensor) -> bool:
-    return isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and weight is layer._parameters["weight"]
+    return isinstance(layer, nn.modules.conv._ConvNd) and weight.dim() > 2
 
 
 PARAMETER = ParameterHost()

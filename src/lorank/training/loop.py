@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, AdapterWarning, raise_problems
+from ..idle import idle_experts, is_idle
 from .state import TrainState
 
 Batch = TypeVar("Batch")
@@ -93,7 +94,8 @@ def train(
 ) -> Iterator[Step]:
     """Optimise `parameters` on `loss(batch)` with AdamW, yielding after every optimiser step.
 
-    parameters: the parameters, or a mapping of which they are the values.
+    parameters: the parameters, or a mapping by their names, from which experts of a mixture are known: one that saw
+        no token goes without a gradient.
     loss: returns the batch's mean loss, or (summed loss, weight), such as the sum over the trained tokens and
         their number. With the pair, accumulating gradients gives exactly the step of the one large batch;
         with means, each batch counts alike.
@@ -115,6 +117,7 @@ def train(
     if isinstance(parameters, nn.Module):
         raise AdapterError("cannot train: give parameters, such as lorank.adapter_parameters(model), not the model")
     trained = list(parameters.values() if isinstance(parameters, Mapping) else parameters)
+    names = [str(name) for name in parameters] if isinstance(parameters, Mapping) else []
     if not trained:
         raise AdapterError("cannot train: there are no parameters to train")
     optimiser = torch.optim.AdamW(
@@ -131,7 +134,7 @@ def train(
     for index, group in enumerate(_groups(batches, config, state.step), start=first):
         optimiser.zero_grad(set_to_none=True)  # here and not after the step, so that the caller can look at them
         mean, weight = _backward(group, loss, trained, index)
-        _require_gradients(trained, every_one=index == first)
+        _require_gradients(trained, names, every_one=index == first)
         limit = math.inf if config.clip is None else config.clip
         norm = nn.utils.clip_grad_norm_(trained, limit)
         if not torch.isfinite(norm):
@@ -207,10 +210,15 @@ def _groups(batches: Iterable[Batch], config: TrainConfig, made: int = 0) -> Ite
             return
 
 
-def _require_gradients(trained: list[nn.Parameter], every_one: bool) -> None:
+def _require_gradients(trained: list[nn.Parameter], names: list[str], every_one: bool) -> None:
     without = [tuple(parameter.shape) for parameter in trained if parameter.grad is None]
+    if without and names:
+        lacking = {name for name, parameter in zip(names, trained, strict=True) if parameter.grad is None}
+        idle = idle_experts(lacking, names)
+        every_one = every_one and not all(is_idle(name, idle) for name in lacking)
     if len(without) == len(trained) or (every_one and without):
         raise AdapterError(
             f"{len(without)} of {len(trained)} parameters have no gradient after the backward pass (shapes "
             f"{', '.join(map(str, without[:4]))}...): is their adapter active? lorank.check(model, name) names them"
+            + ("" if names else "; for experts that may see no token, give train the parameters with their names")
         )

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, dtype_name
-from ..hosts import Host
+from ..fingerprint import Fingerprint, fingerprint
+from ..hosts import Host, NoHost
 
 
 class Adapter(nn.Module, ABC):
@@ -67,10 +69,25 @@ class Update(Adapter):
 
     host: Host
     part: str
+    base: Fingerprint | None = None  # of the matrix that it was trained on, as far as that is known
+    other_base_allowed: bool = False  # it was loaded onto another, by the user's wish
 
     @abstractmethod
     def delta_weight(self, layer: nn.Module) -> Tensor:
         """Return ΔW (out, in) in float32, such that the layer under W + ΔW computes what `forward` returns."""
+
+    def remember_base(self, layer: nn.Module) -> None:
+        """Note what the matrix is that this is trained on: some of its values, for `merge` to know it again."""
+        if self.host.quantised:
+            return  # it would have to be unpacked for that, and nothing is loaded into it
+        with suppress(NoHost):  # sharded since
+            W = self.host.matrix(layer, self.part)
+            self.base = None if W.is_meta else fingerprint(W, samples_alone=True)
+
+    @torch.no_grad()
+    def at_start(self, layer: nn.Module) -> bool:
+        """Tell whether the update is zero still."""
+        return not self.delta_weight(layer).any()
 
     def adds(self, layer: nn.Module) -> bool:
         return self.host.additive

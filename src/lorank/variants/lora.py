@@ -102,6 +102,9 @@ class LoRAAdapter(Update):
             z = z * F.dropout(z.new_ones(*z.shape[:-1], 1), self.spec.dropout)
         return host.add(layer, part, y, host.up(layer, part, self.scale * z, self.B))
 
+    def at_start(self, layer: nn.Module) -> bool:
+        return self.A.is_meta or not (self.A.detach().any() and self.B.detach().any())
+
     def delta_weight(self, layer: nn.Module) -> Tensor:
         return delta(self.A, self.B, self.scale)
 

@@ -13,7 +13,6 @@ parts       what PEFT has no layer for: the factors of every part under the part
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor
 
 from ...hosts import PARAMETER, ConvHost, ConvTransposeHost, FusedHost
@@ -30,6 +29,7 @@ MATRIX, EMBEDDING, BLOCKS, KERNEL, PARAMETERS, PARTS = (
 )
 
 Pair = tuple[Tensor, Tensor]
+_LARGEST_KERNEL = 2**20  # numbers, zeros included, that A of a grouped convolution may have in PEFT's layout
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,22 @@ def layout_of(update: LayerUpdate) -> Layout:
     if isinstance(host, FusedHost):
         return Layout(BLOCKS, len(update.factors))
     if isinstance(host, ConvHost):
-        return Layout(KERNEL, update.groups)
+        return Layout(KERNEL, update.groups) if _fits_peft(update) else Layout(PARTS)
     if host is PARAMETER and all(len(shape) < 4 for shape in update.shapes.values()):
         return Layout(PARAMETERS)
     if host is None or not host.additive or isinstance(host, ConvTransposeHost):
         return Layout(PARTS)
     return Layout(EMBEDDING if host.lookup else MATRIX)
+
+
+def _fits_peft(update: LayerUpdate) -> bool:
+    """Tell whether a convolution's zero blocks are worth writing: of a depthwise one they would be almost everything.
+
+    What is not written so, PEFT refuses: its rank would have to be a multiple of the groups.
+    """
+    rank, groups = update.spec.rank, update.groups
+    inner, *kernel = update.shapes["weight"][1:]
+    return groups <= rank or rank * groups * inner * groups * prod(kernel) <= _LARGEST_KERNEL
 
 
 def written_pair(update: LayerUpdate) -> Pair:
@@ -81,16 +91,14 @@ def read_kernels(A: Tensor, B: Tensor) -> Pair | str:
     inner, uneven = divmod(A.shape[1], groups)
     if rest or uneven or B.dim() != A.dim() or prod(B.shape[2:]) != 1:
         return f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of kernels"
-    first = A[:rank, :inner]
-    for row in range(groups):
-        for column in range(groups):
-            block = A[row * rank : (row + 1) * rank, column * inner : (column + 1) * inner]
-            if not torch.equal(block, first if row == column else torch.zeros_like(first)):
-                return (
-                    f"its lora_A mixes the channels of all {groups} groups, which no change of a grouped convolution's "
-                    "weight can do: it could not be merged"
-                )
-    return first.flatten(1), B.flatten(1)
+    blocks = A.unflatten(0, (groups, rank)).unflatten(2, (groups, inner))  # (groups, rank, groups, inner, *kernel)
+    own = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # of each group for itself: (groups, rank, inner, *kernel)
+    if not (own == own[0]).all() or A.count_nonzero() != own.count_nonzero():
+        return (
+            f"its lora_A mixes the channels of all {groups} groups, or has another kernel for each, which no change of "
+            "a grouped convolution's weight can do: it could not be merged"
+        )
+    return own[0].flatten(1), B.flatten(1)
 
 
 def written_stack(A: Tensor, B: Tensor) -> Pair:
