@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,11 +17,13 @@ from .fingerprint import Comparison, compare, other_base
 from .hosts import FusedHost, Host, NoHost, host_of, plain_parameter, registered_host
 from .merge_report import MergeReport, MergeRow, measured, warn_of_losses, wide
 from .surgery import named_or_active, thaw_base, why_not_together
+from .tied import Mirror
 from .ties import Ties
 from .tree import (
     adapted_layers,
     base_modules,
     entries,
+    leaves_of,
     require_not_folded,
     require_not_sharded,
     require_whole_model,
@@ -174,11 +176,24 @@ def _prepare(model: nn.Module, name: str | None, allow_other_base: bool) -> tupl
     jobs = [_job(layer_name, layer, found, dtype) for layer_name, (layer, found) in by_layer.items()]
     ties = Ties(model)
     for job in jobs:
-        problems += _job_problems(job, ties)
+        mirrored = _mirrored_in(
+            job, {name: layer for adapter in names for name, (layer, _) in entries(model, adapter).items()}
+        )
+        problems += _job_problems(job, ties, mirrored)
     raise_problems("cannot merge", problems)
     other = {label: found for job in jobs for label, found in _other_bases(job, allow_other_base).items()}
     raise_problems("cannot merge", other_base(other, False, []))
     return jobs, names
+
+
+def _mirrored_in(job: _Job, layers: Mapping[str, Adapted]) -> set[str]:
+    """Return the layers that compute with all of a job's updates too, so that they may change with its weight."""
+    wanted = {id(update) for updates in job.updates.values() for update in updates}
+    return {
+        name
+        for name, layer in layers.items()
+        if wanted and wanted <= {id(leaf.source) for leaf in leaves_of(layer) if isinstance(leaf, Mirror)}
+    }
 
 
 def _floating_dtype(model: nn.Module) -> torch.dtype | None:
@@ -219,18 +234,21 @@ def _job(name: str, layer: Adapted, found: Sequence[nn.Module], dtype: torch.dty
 
 
 @torch.no_grad()
-def _job_problems(job: _Job, ties: Ties) -> list[str]:
+def _job_problems(job: _Job, ties: Ties, mirrored: Collection[str]) -> list[str]:
     problems = []
     packed = job.weights() if job.quantised is not None else []
     for parameter in [*job.written(), *packed]:
         others = ties.others(job.layer, parameter) if isinstance(parameter, nn.Parameter) else []
         if parameter is job.layer._parameters.get("bias"):  # a head's own bias is often registered above it too
             others = [name for name in others if not job.name.startswith(f"{name.rpartition('.')[0]}.")]
+        if not packed:  # unpacked, it would no longer be the same weight
+            others = [name for name in others if name.rpartition(".")[0] not in mirrored]
         if others:
             problems.append(
-                f"{job.name} shares its weight with {', '.join(others)}, which merging would change too. Give it one "
-                "of its own first, `layer.weight = torch.nn.Parameter(layer.weight.detach().clone())`, and on a "
-                "transformers model set `config.tie_word_embeddings = False`; or keep the adapter unmerged"
+                f"{job.name} shares its weight with {', '.join(others)}, which merging would change too. Adapt them as "
+                "one (tie=True), or give it one of its own first, "
+                "`layer.weight = torch.nn.Parameter(layer.weight.detach().clone())`, and on a transformers model set "
+                "`config.tie_word_embeddings = False`; or keep the adapter unmerged"
             )
         if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
             problems.append(f"{job.name} has an expanded weight, of which one number stands for many")

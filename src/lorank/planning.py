@@ -18,6 +18,9 @@ from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problem
 from .hosts import Host, NoHost
 from .names import Names, find_modules, lies_in
 from .targets import BARE_PARAMETER, OUTPUT_HEAD, Selection, Targets, parse_parts, select
+from .tied import Tie, sharing, tie_of
+from .ties import Ties
+from .tokens import find_tokens, row_size
 from .tree import adapter_names, unwrapped
 from .variants import Spec
 
@@ -44,6 +47,8 @@ class Place:
     @property
     def label(self) -> str:
         """The name with the part: `h.0.attn.c_attn[q]`."""
+        if not self.name:  # a parameter of the model itself, or a layer that stands alone
+            return "" if self.part == "weight" else self.part
         return self.name if self.part == "weight" else f"{self.name}[{self.part}]"
 
 
@@ -60,6 +65,9 @@ class Plan:
     left_out: dict[str, str]  # layers that `all-linear` or `attention` passed over, with the reason
     base_parameters: int
     warnings: tuple[str, ...] = ()
+    tied: dict[str, tuple[Host, Tie]] = dataclasses.field(default_factory=dict, repr=False)  # layers that mirror others
+    tokens: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # rows that are trained, by layer
+    token_layers: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def layers(self) -> list[str]:
@@ -71,7 +79,8 @@ class Plan:
         """Numbers that would be trained: factors, copies and biases."""
         copies = sum(count(own_parameters(module)) for module in self.copies.values())
         biases = sum(module.get_parameter("bias").numel() for module in self.biases.values())
-        return sum(place.parameters for place in self.places) + copies + biases
+        rows = sum(len(ids) * row_size(self.token_layers[name]) for name, ids in self.tokens.items())
+        return sum(place.parameters for place in self.places) + copies + biases + rows
 
     def __str__(self) -> str:
         rows: dict[tuple[str, ...], tuple[list[str], int]] = {}
@@ -89,6 +98,9 @@ class Plan:
         for name, module in self.biases.items():
             bias = module.get_parameter("bias")
             add(f"{name}.bias", module, str(bias.numel()), "trained", bias.numel())
+        for name, ids in self.tokens.items():
+            size = row_size(self.token_layers[name])
+            add(name, self.token_layers[name], f"{len(ids)} rows x {size}", "trained", len(ids) * size)
         table = [("layers", "", "kind", "out x in", "", "parameters")]
         table += [(joined(names), f"x {len(names)}", *k[1:], f"{total:,}") for k, (names, total) in rows.items()]
         widths = [max(len(row[i]) for row in table) for i in range(6)]
@@ -102,6 +114,9 @@ class Plan:
         lines.append(
             f"adapter '{self.adapter}': {trained:,} parameters to train, {trained / max(base, 1):.3%} of {base:,}"
         )
+        lines += [
+            f"tied: {name} has the weight of {tie.source}, and its update" for name, (_, tie) in self.tied.items()
+        ]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             reasons.setdefault(reason, []).append(name)
@@ -137,7 +152,9 @@ def plan(
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
     train_also: str | Sequence[str] = (),
+    train_tokens: Sequence[int] | Mapping[str, Sequence[int]] = (),
     bias: Bias = "none",
+    tie: bool = False,
 ) -> Plan:
     """Return what `adapt` with the same arguments would do. Nothing is changed.
 
@@ -163,9 +180,20 @@ def plan(
     for layer_name, parts in selection.layers.items():
         places += _places(layer_name, parts, specs[layer_name], names, problems)
     notes += _ranks_above_the_layers_own(places)
+    ties = Ties(model)
+    tokens = find_tokens(model, train_tokens, names, ties, problems)
+    tied: dict[str, tuple[Host, Tie]] = {}
+    if tie:
+        places = _tied(places, names, ties, tied, problems)
+    else:
+        notes += _untied(places, names, ties)
+    for layer_name, (_, how) in tokens.ties.items():
+        tied.setdefault(layer_name, (names.host(layer_name), how))
     biases = _find_biases(bias, names, selection, copies, problems)
     notes += moving_statistics(names, copies)
-    for layer_name in [*selection.layers, *copies, *biases]:
+    for layer_name in dict.fromkeys([*selection.layers, *copies, *biases, *tied, *tokens.rows]):
+        if layer_name not in copies and any(lies_in(layer_name, [copy]) for copy in copies):
+            problems.append(f"{layer_name} lies in {enumerate_names(copies)}, of which the adapter trains a copy")
         reason = why_not_attachable(names.modules[layer_name])
         if reason:
             problems.append(f"{layer_name}: {reason}")
@@ -180,6 +208,9 @@ def plan(
         left_out=selection.left_out,
         base_parameters=count(own_parameters(model)),
         warnings=tuple(notes),
+        tied=tied,
+        tokens=tokens.rows,
+        token_layers={layer_name: names.modules[layer_name] for layer_name in tokens.rows},
     )
 
 
@@ -208,6 +239,44 @@ def name_problems(model: nn.Module, name: str) -> list[str]:
             f"adapter name '{name}' is taken (adapters here: {', '.join(taken)}); choose another or remove it first"
         ]
     return []
+
+
+def _tied(
+    places: list[Place], names: Names, ties: Ties, tied: dict[str, tuple[Host, Tie]], problems: list[str]
+) -> list[Place]:
+    """Return the places with those moved to the first of layers that share a weight; the others go into `tied`."""
+    order = {name: i for i, name in enumerate(names.modules)}
+    kept: dict[tuple[str, str], Place] = {}
+    for place in places:
+        group = [place.name, *sharing(place.name, place.part, place.host, names, ties)]
+        source = min(group, key=order.__getitem__)
+        try:
+            if len(group) > 1 and place.part != "weight":
+                raise NoHost("parts of a weight that is shared cannot be adapted as one; adapt the whole layer")
+            host = names.host(source) if source != place.name else place.host
+            tied.update({name: tie_of(name, source, host, names) for name in group if name != source})
+        except NoHost as error:
+            problems.append(f"{place.name}: {error}")
+            continue
+        if source != place.name:
+            layer = names.modules[source]
+            place = dataclasses.replace(place, name=source, layer=layer, host=host, shape=host.shape(layer, "weight"))
+        if kept.setdefault((place.name, place.part), place).spec != place.spec:
+            problems.append(f"{place.name} and a layer that shares its weight are given two specs")
+    return list(kept.values())
+
+
+def _untied(places: Sequence[Place], names: Names, ties: Ties) -> list[str]:
+    """Return a warning for each weight that several layers have, and not all of them would change."""
+    notes = []
+    for place in places:
+        others = sharing(place.name, place.part, place.host, names, ties)
+        if others:
+            notes.append(
+                f"{place.label} shares its weight with {enumerate_names(others)}, which this adapter would not change "
+                "with it, so that merge will refuse it; tie=True adapts them as one"
+            )
+    return notes
 
 
 def _ranks_above_the_layers_own(places: Sequence[Place]) -> list[str]:

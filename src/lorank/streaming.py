@@ -1,6 +1,7 @@
 """Merge an adapter into a checkpoint on disk, one tensor at a time: the model is never in memory."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from .checkpoints import Checkpoint, Slot, appearing_whole, copy_companions, write_index, write_shard
 from .errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
 from .fingerprint import Comparison, compare, other_base
-from .formats.content import Content, LayerUpdate, factor_problems, located
+from .formats.content import Content, LayerUpdate
+from .formats.fitting import factor_problems, located
 from .hosts import Host
 from .lowrank import delta
-from .merge_report import MergeReport, MergeRow, warn_of_losses, wide
+from .merge_report import MergeReport, MergeRow, measured, warn_of_losses, wide
 from .merging import fold
 from .names import Names
 from .planning import Place
 from .ties import Ties
+from .tokens import find_tokens
 from .tree import base_modules
 
 
@@ -41,6 +44,7 @@ class _Job:
     model: nn.Module  # on the meta device
     written_as: dict[str, str]  # key in the checkpoint -> key in the result
     updates: dict[str, "_Update"] = field(default_factory=dict)  # by key of the weight
+    tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # rows of a weight, by its key
     values: dict[str, Tensor] = field(default_factory=dict)  # biases and copies, by key: written as they are
     brought: dict[str, list[Tensor]] = field(default_factory=dict)  # what the adapter says the base has, by key
     rows: list[MergeRow] = field(default_factory=list)
@@ -98,9 +102,10 @@ def merge_checkpoint(
                 with safetensors.safe_open(source, framework="pt") as opened:  # anew, or all its pages stay in memory
                     tensor = opened.get_tensor(read_as[slot.name])
                 _require_own(job, slot.name, tensor)
-                if slot.name in job.updates:
-                    return _merged(job, slot, tensor, allow_other_base)
-                return _converted(tensor, slot)
+                merged = _merged(job, slot, tensor, allow_other_base) if slot.name in job.updates else None
+                if slot.name in job.tokens:
+                    merged = _with_tokens(job, slot, tensor, _converted(tensor, slot) if merged is None else merged)
+                return _converted(tensor, slot) if merged is None else merged
 
             write_shard(folder / file, slots, tensor_of)
         remarks: list[str] = []
@@ -139,6 +144,7 @@ def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job
     places = _Places(own, set(job.written_as.values()), Names(model), Ties(model))
     problems = list(content.problems)
     problems += _find_updates(job, content, places)
+    problems += _find_tokens(job, content, places)
     problems += _find_values(job, content, places)
     problems += _find_brought(job, content, places)
     present = places.present | job.values.keys()
@@ -153,7 +159,7 @@ def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job
         "names, --in-memory merges in the loaded model"
         for name in sorted(lacking)
     ]
-    if not job.updates and not job.values:
+    if not job.updates and not job.values and not job.tokens:
         problems.append("it holds no adapter")
     raise_problems("cannot merge", list(dict.fromkeys(problems)))
     needed = {key for key, tensor in own.items() if isinstance(tensor, nn.Parameter)}
@@ -170,7 +176,10 @@ def _find_updates(job: _Job, content: Content, places: _Places) -> list[str]:
         layer = places.names.modules[name]
         for part, (A, B) in update.factors.items():
             problems += factor_problems(Place(name, part, layer, host, update.spec, host.shape(layer, part)), A, B)
-            others = places.ties.others(layer, host.weight(layer, part))
+            tied = {other for other, tie in content.tied.items() if places.names.canonical.get(tie.source) == name}
+            others = [
+                o for o in places.ties.others(layer, host.weight(layer, part)) if o.rpartition(".")[0] not in tied
+            ]
             if others:
                 problems.append(f"{name} shares its weight with {', '.join(others)}, which merging would change too")
             key = f"{name}.{host.attribute(layer, part)}".removeprefix(".")
@@ -180,6 +189,21 @@ def _find_updates(job: _Job, content: Content, places: _Places) -> list[str]:
                     "other names or stacked, --in-memory merges in the loaded model"
                 )
             job.updates.setdefault(key, _Update(name, host, update, [])).parts.append(part)
+    return problems
+
+
+def _find_tokens(job: _Job, content: Content, places: _Places) -> list[str]:
+    """Put rows of tokens into the job; return what is wrong."""
+    wanted = {f"re:{re.escape(name)}": ids for name, (ids, _) in content.tokens.items()}
+    problems: list[str] = []
+    find_tokens(job.model, wanted, places.names, places.ties, problems)
+    for name, (ids, rows) in content.tokens.items():
+        own, key = places.own.get(f"{name}.weight"), f"{name}.weight"
+        if own is not None and rows.shape != (len(ids), own.shape[1]):
+            problems.append(f"{name}: rows of tokens are {tuple(rows.shape)} in the file, for {len(ids)} tokens")
+        if key not in places.present:
+            problems.append(f"the checkpoint has no {key}, of which the adapter trains rows")
+        job.tokens[key] = (ids, rows)
     return problems
 
 
@@ -301,6 +325,23 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
         return _finite(weight.detach(), slot.name)
     finally:
         layer._parameters[attribute] = placeholder
+
+
+@torch.no_grad()
+def _with_tokens(job: _Job, slot: Slot, base: Tensor, merged: Tensor) -> Tensor:
+    """Return a weight with the rows of its trained tokens; what else was merged into these rows is added."""
+    ids, rows = job.tokens[slot.name]
+    changed = merged.clone()
+    changed[ids] = (wide(merged[ids]) - wide(base[ids]) + rows).to(merged.dtype)
+    job.rows.append(
+        measured(
+            f"{slot.name.removesuffix('.weight')}[tokens]",
+            wide(merged[ids]),
+            wide(rows) - wide(base[ids]),
+            changed[ids],
+        )
+    )
+    return _finite(changed, slot.name)
 
 
 def _require_own(job: _Job, name: str, tensor: Tensor) -> None:

@@ -10,9 +10,12 @@ from . import planning
 from .adapted import attach, detach, pristine_copy, why_not_detachable
 from .companions import BiasOffset, join
 from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
+from .hosts import host_of
 from .names import Names
 from .planning import Bias, Plan
 from .targets import Targets
+from .tied import TOKENS, mirrors
+from .tokens import TokenRows
 from .tree import (
     active_adapters,
     adapted_layers,
@@ -41,7 +44,9 @@ def adapt(
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
     train_also: str | Sequence[str] = (),
+    train_tokens: Sequence[int] | Mapping[str, Sequence[int]] = (),
     bias: Bias = "none",
+    tie: bool = False,
     activate: bool = True,
 ) -> Plan:
     """Freeze the base, add an adapter to every layer that `targets` selects, and return what was done.
@@ -55,7 +60,11 @@ def adapt(
         alpha, so its scale changes too.
     train_also: modules of which the adapter trains a whole copy (a classification head). The copy runs in the
         module's place while the adapter is active; the base's own stays as it is.
+    train_tokens: token numbers of which the rows are trained whole, in the input embedding and the output head (new
+        tokens, after `resize_token_embeddings`); or {layer: token numbers}.
     bias: also train the biases of the "adapted" layers, or of "all"; as the adapter's own, like `train_also`.
+    tie: adapt layers that share one weight (an embedding and its head) as one, whichever of them was selected; they
+        are merged without breaking the tie.
     activate: make the new adapter the only active one; False leaves the active ones as they are.
 
     The model stays the same object of the same class with the same parameters under the same names. Raises
@@ -64,13 +73,31 @@ def adapt(
     model = unwrapped(model)
     require_not_folded(model, "cannot adapt")
     require_no_inference_mode("cannot adapt")
-    made = planning.plan(model, spec, targets, name, ranks=ranks, alphas=alphas, train_also=train_also, bias=bias)
+    made = planning.plan(
+        model,
+        spec,
+        targets,
+        name,
+        ranks=ranks,
+        alphas=alphas,
+        train_also=train_also,
+        train_tokens=train_tokens,
+        bias=bias,
+        tie=tie,
+    )
     parts: dict[str, dict[str, Adapter]] = {}
     for place in made.places:
         parts.setdefault(place.name, {})[place.part] = place.spec.build(place.host, place.layer, place.part)
     for layer_name, layer in made.biases.items():
         parts.setdefault(layer_name, {})["bias"] = BiasOffset(layer)
-    layers = {place.name: place.layer for place in made.places} | made.biases | made.copies
+    layers = {place.name: place.layer for place in made.places} | made.biases | made.copies | made.token_layers
+    modules = Names(model).modules
+    for layer_name, ids in made.tokens.items():
+        layer = modules[layer_name]
+        parts.setdefault(layer_name, {})[TOKENS] = TokenRows(host_of(layer), layer, ids)
+    for layer_name, mirrored in mirrors(made.tied, parts, whole=tie).items():
+        parts.setdefault(layer_name, {}).update(mirrored)
+        layers[layer_name] = modules[layer_name]
     built: dict[str, nn.Module] = {layer_name: join(adapters) for layer_name, adapters in parts.items()}
     for module_name, module in made.copies.items():
         try:
@@ -268,11 +295,15 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     """
     model = unwrapped(model)
     found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
     for chosen in named_or_active(model, name, "list the parameters"):
         for layer_name, (_, entry) in entries(model, chosen).items():
             prefix = f"{layer_name}.adapters.{chosen}" if layer_name else f"adapters.{chosen}"
             named = entry.named_parameters()
-            found.update({f"{prefix}.{key}": p for key, p in named if p.is_floating_point() or p.is_complex()})
+            for key, parameter in named:
+                if (parameter.is_floating_point() or parameter.is_complex()) and id(parameter) not in seen:
+                    found[f"{prefix}.{key}"] = parameter
+                    seen.add(id(parameter))  # what tied layers share is listed once
     return found
 
 

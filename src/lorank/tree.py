@@ -68,10 +68,14 @@ def active_adapters(model: nn.Module) -> list[str]:
     )
 
 
+def leaves_of(layer: Adapted) -> list[Adapter]:
+    """Return all adapters of a layer that hold parameters, of whatever name."""
+    return [leaf for e in layer.adapters._modules.values() if isinstance(e, Adapter) for leaf in e.leaves()]
+
+
 def updates_of(layer: Adapted) -> list[Update]:
     """Return all updates of a layer's matrices, of all its adapters."""
-    found = [leaf for e in layer.adapters._modules.values() if isinstance(e, Adapter) for leaf in e.leaves()]
-    return [leaf for leaf in found if isinstance(leaf, Update)]
+    return [leaf for leaf in leaves_of(layer) if isinstance(leaf, Update)]
 
 
 def entries(model: nn.Module, name: str) -> dict[str, tuple[Adapted, nn.Module]]:

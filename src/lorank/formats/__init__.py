@@ -17,7 +17,8 @@ from ..names import Names
 from ..planning import Plan, warn
 from ..surgery import only_adapter, require_name
 from ..tree import require_not_folded, unwrapped
-from .content import Content, LayerUpdate, fit, gather
+from .content import Content, LayerUpdate, gather
+from .fitting import fit
 
 
 class Format(Protocol):

@@ -76,6 +76,13 @@ class Update(Adapter):
     def delta_weight(self, layer: nn.Module) -> Tensor:
         """Return ΔW (out, in) in float32, such that the layer under W + ΔW computes what `forward` returns."""
 
+    def run_mirrored(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return the adapted output of another layer, which has the transpose of this one's matrix as its own.
+
+        Raises NotImplementedError where the method has no such form; then tied weights cannot be adapted as one.
+        """
+        raise NotImplementedError
+
     def remember_base(self, layer: nn.Module) -> None:
         """Note what the matrix is that this is trained on: some of its values, for `merge` to know it again."""
         if self.host.quantised:

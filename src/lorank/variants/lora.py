@@ -93,14 +93,19 @@ class LoRAAdapter(Update):
         initialise(self.A, self.B, self.spec.init, lookup=self.host.lookup)
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        host, part = self.host, self.part
+        return self._add(self.host, layer, self.part, x, y, self.A, self.B)
+
+    def run_mirrored(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor) -> Tensor:
+        return self._add(host, layer, part, x, y, self.B.T, self.A.T)
+
+    def _add(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
         assert isinstance(host, AdditiveHost), "only these are asked to add to an output"
-        A = materialised(self.A, x)
-        z = host.down(layer, part, x if host.lookup else self.dropout(x), A)  # (..., rank)
+        materialised(self.A, x)
+        z = host.down(layer, part, x if host.lookup else self.dropout(x), down)  # (..., rank)
         if host.lookup and self.training and self.spec.dropout:
             # The input is one-hot: dropping its only non-zero element drops the whole row of a token.
             z = z * F.dropout(z.new_ones(*z.shape[:-1], 1), self.spec.dropout)
-        return host.add(layer, part, y, host.up(layer, part, self.scale * z, self.B))
+        return host.add(layer, part, y, host.up(layer, part, self.scale * z, up))
 
     def at_start(self, layer: nn.Module) -> bool:
         return self.A.is_meta or not (self.A.detach().any() and self.B.detach().any())

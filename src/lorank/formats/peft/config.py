@@ -24,7 +24,6 @@ _MEANINGFUL: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
@@ -40,7 +39,7 @@ _HARMLESS = frozenset(
         *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
         *("fan_in_fan_out", "init_lora_weights", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
         *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "ensure_weight_tying"),
-        "target_parameters",
+        *("target_parameters", "trainable_token_indices"),
         "runtime_config",
     }
 )
@@ -73,6 +72,7 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
     for name, update in content.updates.items():
         chosen = parameters_of(content, [name]) if name in stacks else [name]
         of_layer.update(dict.fromkeys(chosen, rank_alpha(update.spec, layout_of(update).blocks)))
+    of_layer.update({name: of_layer[tie.source] for name, tie in content.tied.items()})
     rank, alpha = Counter(of_layer.values()).most_common(1)[0][0] if of_layer else (spec.rank, spec.alpha)
     config = getattr(model, "config", None)
     return {
@@ -92,9 +92,12 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
         "bias": next(theirs for theirs, ours in BIAS.items() if ours == content.bias),
         "fan_in_fan_out": any(u.host is not None and u.host.transposed for u in content.updates.values()),
-        "target_modules": _target_modules([name for name in content.updates if name not in stacks], model),
+        "target_modules": _target_modules(
+            [name for name in [*content.updates, *content.tied] if name not in stacks], model
+        ),
         "target_parameters": sorted(parameters_of(content, stacks)) or None,
         "exclude_modules": None,
+        "trainable_token_indices": {name: ids for name, (ids, _) in sorted(content.tokens.items())} or None,
         "modules_to_save": sorted(content.copies) or None,
         "rank_pattern": {_exactly(n): r for n, (r, _) in sorted(of_layer.items()) if r != rank},
         "alpha_pattern": {_exactly(n): _number(a) for n, (_, a) in sorted(of_layer.items()) if a != alpha},

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...errors import AdapterError
 from ...fingerprint import Fingerprint
 from ...hosts import FusedHost
 from ...lowrank import split_blocks
 from ...names import Names
 from ...planning import Bias
+from ...tied import Tie
 from ...variants import LoRA, Spec
 from .. import safetensors_file
 from ..content import Content, LayerUpdate
@@ -49,6 +52,7 @@ class Account:
     layers: dict[str, LayerAccount]
     biases: list[str]  # layers whose bias is in the file
     copies: list[str]  # modules of which a copy is in the file
+    tied: dict[str, Tie]  # layers whose factors in the file are those of another
     about: dict[str, Any]
 
 
@@ -68,6 +72,7 @@ def encode_header(content: Content, packed: bytes) -> dict[str, str]:
         "biases": sorted(content.biases),
         "copies": sorted(content.copies),
         "bias": content.bias,
+        "tied": {name: {"source": tie.source, "transposed": tie.transposed} for name, tie in content.tied.items()},
         "about": content.about,
         "sha256": safetensors_file.digest(packed),
     }
@@ -114,7 +119,9 @@ def _parse(account: dict[str, Any]) -> Account:
     about = account.get("about", {})  # files of 0.1 before it had one
     if not isinstance(about, dict):
         raise ValueError(f"about is {about!r}")
-    return Account(_spec(account["spec"]), account["bias"], layers, [*account["biases"]], [*account["copies"]], about)
+    tied = {n: Tie(str(t["source"]), bool(t["transposed"])) for n, t in account.get("tied", {}).items()}
+    biases, copies = [*account["biases"]], [*account["copies"]]
+    return Account(_spec(account["spec"]), account["bias"], layers, biases, copies, tied, about)
 
 
 def _spec(fields: dict[str, Any]) -> LoRA:
@@ -127,6 +134,11 @@ def _spec(fields: dict[str, Any]) -> LoRA:
 def apply_account(account: Account, content: Content, names: Names | None) -> None:
     """Hold what was read against the file's own account, and take from it specs, parts and fingerprints."""
     problems = content.problems
+    for name, tie in account.tied.items():
+        copied, source = content.updates.pop(name, None), content.updates.get(tie.source)
+        if copied is None or source is None or not _is_mirrored(copied, source, tie):
+            problems.append(f"{name}: its factors are not those of {tie.source}, with which its header ties it")
+    content.tied = account.tied
     problems += [
         f"the file lacks the factors of {name}" for name in sorted(account.layers.keys() - content.updates.keys())
     ]
@@ -153,6 +165,12 @@ def apply_account(account: Account, content: Content, names: Names | None) -> No
         update.fingerprints = told.fingerprints
         if told.layout == BLOCKS and names is not None:
             _split_parts(name, told.parts, update, names, problems)
+
+
+def _is_mirrored(copied: LayerUpdate, source: LayerUpdate, tie: Tie) -> bool:
+    (A, B), (down, up) = copied.factors["weight"], source.factors["weight"]
+    expected = (up.T, down.T) if tie.transposed else (down, up)
+    return A.shape == expected[0].shape and torch.equal(A, expected[0]) and torch.equal(B, expected[1])
 
 
 def _split_parts(name: str, parts: list[str], update: LayerUpdate, names: Names, problems: list[str]) -> None:

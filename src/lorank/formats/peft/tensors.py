@@ -17,12 +17,13 @@ from .layout import PARAMETERS, PARTS, Pair, layout_of, read_kernels, read_stack
 
 _PREFIX = "base_model.model."
 _PLAIN = ("lora_A.weight", "lora_B.weight")
+_LOOKUP = ("lora_embedding_A", "lora_embedding_B")
+_ROWS = "token_adapter.trainable_tokens_delta"
 _FACTOR = re.compile(
     r"(?:(?P<path>.*)\.)?(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(?:\.[^.]+){0,2})"
 )
 _REFUSED_KEYS = {
     "lora_magnitude_vector": "a DoRA magnitude",
-    "token_adapter": "trained tokens",
     "lora_B.bias": "a bias of the low-rank update",
 }
 
@@ -32,8 +33,17 @@ def encode_tensors(content: Content) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, update in content.updates.items():
         for path, (A, B) in _written(name, update):
-            kinds = ("lora_embedding_A", "lora_embedding_B") if update.host and update.host.lookup else _PLAIN
+            kinds = _LOOKUP if update.host and update.host.lookup else _PLAIN
             tensors[_key(path, kinds[0])], tensors[_key(path, kinds[1])] = A, B
+    for name, tie in content.tied.items():  # PEFT is given factors of its own for each layer
+        A, B = written_pair(content.updates[tie.source])
+        down, up = (B.T, A.T) if tie.transposed else (A, B)
+        source = content.updates[tie.source].host
+        lookup = source is not None and source.lookup != tie.transposed  # an embedding that mirrors one, or a head
+        kinds = _LOOKUP if lookup else _PLAIN
+        tensors[_key(name, kinds[0])], tensors[_key(name, kinds[1])] = down.clone(), up.clone()
+    for name, (_, rows) in content.tokens.items():
+        tensors[_key(name, _ROWS)] = rows
     for name, value in content.biases.items():
         tensors[_key(name, "base_layer.bias" if name in content.updates else "bias")] = value
     for name, copy in content.copies.items():
@@ -92,6 +102,7 @@ def decode(config: Mapping[str, Any], tensors: Mapping[str, Tensor], account: Ac
             rest[path] = tensor
     for place in _places(factors, config, account, names, problems):
         _decode_place(place, factors, config, content)
+    _decode_tokens(config, rest, names, content)
     _decode_rest(config, rest, account, names, content)
     if account is None:
         content.remarks += _gaps(config, content, names)
@@ -206,6 +217,26 @@ def _decode_place(
         )
     update = content.updates.setdefault(place.layer, LayerUpdate(spec, {}, by_parts=place.parameter))
     update.factors[place.part] = read
+
+
+def _decode_tokens(config: Mapping[str, Any], rest: dict[str, Tensor], names: Names, content: Content) -> None:
+    """Take the rows of trained tokens out of `rest`; of which tokens they are stands in the configuration."""
+    indices = config.get("trainable_token_indices") or {}
+    for path in [path for path in rest if path == _ROWS or path.endswith(f".{_ROWS}")]:
+        name, rows = path.removesuffix(_ROWS).removesuffix("."), rest.pop(path)
+        wanted = indices
+        if isinstance(indices, dict):
+            wanted = next((ids for entry, ids in indices.items() if f".{name}".endswith(f".{entry}")), None)
+        if not isinstance(wanted, list) or not all(isinstance(i, int) for i in wanted) or rows.dim() != 2:
+            content.problems.append(f"{path}: trainable_token_indices in adapter_config.json does not say whose rows")
+            continue
+        if len(wanted) != len(rows):
+            content.problems.append(f"{path}: {len(rows)} rows for {len(wanted)} tokens")
+            continue
+        order = sorted(range(len(wanted)), key=wanted.__getitem__)
+        content.tokens[name] = ([wanted[i] for i in order], rows[order])
+    if indices and not content.tokens:
+        content.problems.append("adapter_config.json has trainable_token_indices, and the file has no rows of tokens")
 
 
 def _decode_rest(
