@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .errors import AdapterError, AdapterWarning
     from .formats import load, save
     from .health import check
-    from .merging import MergeReport, merge, merged
+    from .merge_report import MergeReport
+    from .merging import merge, merged
     from .planning import Plan, plan
     from .surgery import activate, adapt, adapter_parameters, disabled, remove, reset
     from .training import Step, TrainConfig, TrainState, train

@@ -128,6 +128,7 @@ class Adapted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = self.adapters
+        x: Tensor | None = args[0] if args else kwargs.get(self.input_name)
         if adapters.stand_in is not None:
             output = run_copy(self, adapters[adapters.stand_in], args, kwargs)
         elif adapters.unpacked is not None:
@@ -135,16 +136,20 @@ class Adapted(nn.Module):
         elif self.substitutes:
             return self._run_under_updates(args, kwargs)
         elif self.reads and adapters.updates:
-            output = self._additive_host().apply(self, *args, **kwargs)
+            output = self._additive_host().apply(self, *self._with_input(args, kwargs), **kwargs)
         elif adapters.may_block and torch.is_grad_enabled() and self._additive_host().blocks(self):
-            output = self._additive_host().passing(self, *args, **kwargs)
+            output = self._additive_host().passing(self, *self._with_input(args, kwargs), **kwargs)
         else:
             output = super().forward(*args, **kwargs)
         if adapters.updates:
-            x: Tensor = args[0] if args else kwargs[self.input_name]
+            assert x is not None, "a layer whose output is added to has an input"
             for name in adapters.updates:
                 output = adapters[name](self, x, output)
         return output
+
+    def _with_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the arguments with the input among them, which hosts call by no name, and take it from `kwargs`."""
+        return args if args else (kwargs.pop(self.input_name),)
 
     def _additive_host(self) -> AdditiveHost:
         host = registered_host(self)

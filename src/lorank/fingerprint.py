@@ -97,17 +97,20 @@ def compare(then: Fingerprint, W: Tensor, stored_as: str | None = None) -> Compa
     return Comparison(bool(same), (then.dtype, now.dtype), difference)
 
 
-def other_base(compared: dict[str, Comparison], allow_other_base: bool, remarks: list[str]) -> list[str]:
+def other_base(
+    compared: dict[str, Comparison], allow_other_base: bool, remarks: list[str], action: str = "load"
+) -> list[str]:
     """Return a problem for another base; add a remark for the same base in another dtype."""
     different = {label: c for label, c in compared.items() if not c.same}
     if different:
         label, worst = max(different.items(), key=lambda item: item[1].difference)
+        then = "saved" if action == "load" else "trained"
         text = (
-            f"the base differs from the one this adapter was saved on, in {len(different)} of {len(compared)} adapted "
+            f"the base differs from the one this adapter was {then} on, in {len(different)} of {len(compared)} adapted "
             f"matrices (most in {label}, by {worst.difference:.2%} of its sampled values)"
         )
         if not allow_other_base:
-            return [f"{text}; pass allow_other_base=True to load it all the same"]
+            return [f"{text}; pass allow_other_base=True to {action} it all the same"]
         remarks.append(text)
         return []
     changed = {c.dtypes for c in compared.values() if c.dtypes[0] != c.dtypes[1]}

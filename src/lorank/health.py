@@ -164,7 +164,7 @@ def _advice(model: nn.Module) -> str:
             )
     return (
         "Likely causes: the model code reads the layer's weight without calling the layer, the layer is not used for "
-        "this input, the forward ran under no_grad or in a checkpoint with use_reentrant=True, or the model computes its "
-        "gradients in a function of its own, which passes none on when its inputs need none (on a transformers model "
-        "model.enable_input_require_grads() mends that)"
+        "this input, the forward ran under no_grad or in a checkpoint with use_reentrant=True, or the model computes "
+        "its gradients in a function of its own, which passes none on when its inputs need none (on a transformers "
+        "model model.enable_input_require_grads() mends that)"
     )

@@ -182,7 +182,7 @@ def _prepare(model: nn.Module, name: str | None, allow_other_base: bool) -> tupl
         problems += _job_problems(job, ties, mirrored)
     raise_problems("cannot merge", problems)
     other = {label: found for job in jobs for label, found in _other_bases(job, allow_other_base).items()}
-    raise_problems("cannot merge", other_base(other, False, []))
+    raise_problems("cannot merge", other_base(other, False, [], "merge"))
     return jobs, names
 
 

@@ -1,6 +1,7 @@
 """Which parameters of a model share memory: tied embeddings and heads, and whatever else uses one weight twice."""
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from .tree import base_modules
 
@@ -40,7 +41,7 @@ class Ties:
 
 
 def _storage(tensor: Tensor) -> tuple[object, int]:
-    if tensor.device.type == "meta" or type(tensor.data) is not Tensor:
+    if isinstance(tensor, UninitializedParameter) or tensor.device.type == "meta" or type(tensor.data) is not Tensor:
         return "parameter", id(tensor)  # no address of its own to compare
     return tensor.device, tensor.untyped_storage().data_ptr()
 

