@@ -17,13 +17,13 @@ _HUGE = 1e3  # a factor with values above this did not come out of sound trainin
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted layer; parts of a fused projection count as one."""
+    """One adapted matrix, or stack of matrices; parts of a fused projection count as one."""
 
     name: str
     rank: int
     alpha: float
     scale: float
-    shape: tuple[int, int]  # (out, in)
+    shape: tuple[int, ...]  # (out, in), or (number, out, in) of a stack
     dtype: str
     norm: float  # Frobenius norm of ΔW
     parameters: int
@@ -38,6 +38,8 @@ class Examination:
     layers: list[Layer]
     copies: list[str]  # modules that were trained whole
     biases: list[str]
+    tokens: dict[str, list[int]]  # of which rows were trained, by layer
+    tied: dict[str, str]  # layers that have the update of another
     parameters: int
     base_model: str | None
     about: dict[str, Any]
@@ -60,10 +62,17 @@ def examine(path: Path, *, allow_pickle: bool = False) -> Examination:
     """Return what an adapter file holds; raises AdapterError when it cannot be read at all."""
     content = read(path, allow_pickle=allow_pickle)
     problems, remarks = list(content.problems), list(content.remarks)
-    layers = [_layer(name, update) for name, update in sorted(content.updates.items(), key=_by_number)]
-    tensors = {f"{name}: {factor}": t for name, u in content.updates.items() for factor, t in _factors(u).items()}
+    ordered = sorted(content.updates.items(), key=_by_number)
+    layers = [_layer(name, part, update) for name, update in ordered for part in update.factors]
+    tensors = {
+        f"{_label(name, part)}: {factor}": tensor
+        for name, update in content.updates.items()
+        for part, pair in update.factors.items()
+        for factor, tensor in zip(("A", "B"), pair, strict=True)
+    }
     others = {f"{name}.bias": bias for name, bias in content.biases.items()}
     others |= {f"{copy}.{key}": tensor for copy, found in content.copies.items() for key, tensor in found.items()}
+    others |= {f"{name}: rows of tokens": rows for name, (_, rows) in content.tokens.items()}
     everything = tensors | others | content.base
     wrong = [name for name, tensor in everything.items() if not _finite(tensor)]
     if wrong:
@@ -87,6 +96,8 @@ def examine(path: Path, *, allow_pickle: bool = False) -> Examination:
         layers=layers,
         copies=list(content.copies),
         biases=list(content.biases),
+        tokens={name: ids for name, (ids, _) in content.tokens.items()},
+        tied={name: tie.source for name, tie in content.tied.items()},
         parameters=sum(tensor.numel() for tensor in [*tensors.values(), *others.values()]),
         base_model=content.base_model,
         about=content.about,
@@ -100,14 +111,18 @@ def _by_number(item: tuple[str, object]) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in item[0].split(".")]
 
 
-def _layer(name: str, update: LayerUpdate) -> Layer:
-    A, B = update.factors["weight"]
+def _label(name: str, part: str) -> str:
+    return name if part == "weight" else f"{name}[{part}]"
+
+
+def _layer(name: str, part: str, update: LayerUpdate) -> Layer:
+    A, B = update.factors[part]
     return Layer(
-        name=name,
-        rank=A.shape[0],
+        name=_label(name, part),
+        rank=A.shape[-2],
         alpha=update.spec.alpha,
         scale=update.spec.scale,
-        shape=(B.shape[0], A.shape[1]),
+        shape=(*B.shape[:-1], A.shape[-1]),
         dtype=dtype_name(A.dtype),
         norm=_norm(A, B, update.spec.scale),
         parameters=A.numel() + B.numel(),
@@ -117,12 +132,8 @@ def _layer(name: str, update: LayerUpdate) -> Layer:
 def _norm(A: Tensor, B: Tensor, scale: float) -> float:
     """Return the Frobenius norm of scale · B A, from the small matrices BᵀB and A Aᵀ, without forming ΔW."""
     A, B = A.detach().double(), B.detach().double()
-    squared = float(((B.T @ B) * (A @ A.T)).sum())
+    squared = float(((B.mT @ B) * (A @ A.mT)).sum())
     return abs(scale) * max(squared, 0.0) ** 0.5
-
-
-def _factors(update: LayerUpdate) -> dict[str, Tensor]:
-    return dict(zip(("A", "B"), update.factors["weight"], strict=True))
 
 
 def _finite(tensor: Tensor) -> bool:

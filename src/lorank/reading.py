@@ -2,7 +2,7 @@
 
 Mamba multiplies with `self.dt_proj.weight`, PyTorch's encoder layer hands `self.linear1.weight` to a kernel, and some
 models multiply with their embedding's weight as an output head. An adapter that only ran when its layer is called would
-have no effect there. A layer that is found here lets W + ΔW be read. Finding one too many does no harm.
+have no effect there. A layer that is found here lets W + ΔW be read.
 """
 
 import ast
@@ -25,66 +25,48 @@ _METADATA = frozenset(
     {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "is_meta"}
 )
 _ASKING = frozenset({"isinstance", "hasattr", "getattr", "type", "id", "len"})
+_ATTRIBUTES = ("weight", "bias")
 # A source in which none of these occurs reads no weight, and hands no layer on to what might.
-_WORTH_PARSING = re.compile(r"\.(weight|bias)\b|[(,=]\s*\w+(\.\w+|\[\w+\])+\s*[,)]")
+_WORTH_PARSING = re.compile(r"\.(weight|bias)\b|[(,=]\s*\w+(\.\w+|\[\w+\])*\s*[,)]")
 
-_Path = tuple[str, ...]
+_Path = tuple[str, ...]  # below what a function was given; "*" stands for any member of a list
 
 
 def read_without_call(name: str, modules: Callable[[str], nn.Module], below: str | None = None) -> frozenset[str]:
     """Return which of "weight" and "bias" of the layer `name` a module above it reads; `modules` gives it by name.
 
-    A layer that is handed on to a function counts as read, for what the function does with it is not known.
-    below: the name of a module around the layer, or the layer's own; it and what lies in it are not asked. Then only
-        what is read for certain counts.
+    A module that hands the layer on to another module, or to a function, reads what that one does.
+    below: the name of a module around the layer, or the layer's own; it and what lies in it are not asked.
     """
     found: set[str] = set()
     components = name.split(".") if name else []
     for length in range(len((below or name).split(".")) if components else 0):
-        above = type(modules(".".join(components[:length])))
-        path = components[length:]
-        found.update(attribute for *read, attribute in weights_read(above) if _fits(read, path))
-        if below is None and any(_fits(handed_on, path) for handed_on in layers_handed_on(above)):
-            found.update(("weight", "bias"))
+        above = modules(".".join(components[:length]))
+        for source in _methods(type(above)):
+            found |= source.reads(source.parameters[0], components[length:], above)
     return frozenset(found)
-
-
-def _fits(read: Sequence[str], path: Sequence[str]) -> bool:
-    return len(read) == len(path) and all(r in (p, "*") for r, p in zip(read, path, strict=True))
 
 
 def weights_read(cls: type) -> frozenset[_Path]:
     """Return the paths of weights and biases that methods of a class read: ("self_attn", "out_proj", "weight").
 
-    "*" stands for any member of a list. A class without source reads nothing that could be known.
+    A class without source reads nothing that could be known.
     """
-    return frozenset(path for owner in _owners(cls) for path in _of(owner).read)
-
-
-def layers_handed_on(cls: type) -> frozenset[_Path]:
-    """Return the paths of whatever lies below a module that methods of its class give to functions as an argument."""
-    return frozenset(path for owner in _owners(cls) for path in _of(owner).handed_on)
+    found = ((source.parameters[0], source.read) for source in _methods(cls))
+    return frozenset(path[1:] for first, read in found for path in read if path[0] == first and len(path) > 2)
 
 
 @functools.cache
-def _owners(cls: type) -> tuple[type, ...]:
-    return tuple(c for c in cls.__mro__ if c not in (nn.Module, object) and "carries_adapters" not in vars(c))
-
-
-@dataclass
-class _Paths:
-    read: set[_Path] = field(default_factory=set)
-    handed_on: set[_Path] = field(default_factory=set)
+def _methods(cls: type) -> tuple["_Source", ...]:
+    """Return the sources of a class's methods that matter, with those it inherits."""
+    owners = [c for c in cls.__mro__ if c not in (nn.Module, object) and "carries_adapters" not in vars(c)]
+    return tuple(source for owner in owners for source in _methods_of(owner) if source.read or source.handed_on)
 
 
 @functools.cache
-def _of(owner: type) -> _Paths:
-    paths = _Paths()
-    for name, member in vars(owner).items():
-        if not _SETTING_UP.fullmatch(name):
-            for function in _functions(member):
-                _add_paths(function, paths)
-    return paths
+def _methods_of(owner: type) -> tuple["_Source", ...]:
+    members = [member for name, member in vars(owner).items() if not _SETTING_UP.fullmatch(name)]
+    return tuple(_source(function) for member in members for function in _functions(member))
 
 
 def _functions(member: Any, depth: int = 3) -> Iterator[types.FunctionType]:
@@ -108,42 +90,113 @@ def _content(cell: types.CellType) -> object:
         return None
 
 
-def _add_paths(method: Callable[..., object], paths: _Paths) -> None:
-    """Add what one method reads and hands on."""
+@dataclass(frozen=True)
+class _HandedOn:
+    """Something that a function gives to another as an argument."""
+
+    path: _Path  # of what is given
+    to: _Path | types.FunctionType  # below what the function was given itself, or a function of its module
+    argument: int | str
+
+
+@dataclass
+class _Source:
+    """What a function reads of its parameters. Paths begin with the parameter's name."""
+
+    parameters: list[str] = field(default_factory=lambda: [""])
+    read: set[_Path] = field(default_factory=set)
+    handed_on: list[_HandedOn] = field(default_factory=list)
+
+    def reads(self, parameter: str, path: Sequence[str], module: nn.Module | None, depth: int = 3) -> set[str]:
+        """Return which attributes are read of what lies at a path below a parameter.
+
+        module: what the first parameter is, where that is known.
+        """
+        whole = (parameter, *path)
+        found = {attribute for *read, attribute in self.read if _fits(read, whole)}
+        for given in self.handed_on if depth else ():
+            if _fits(given.path, whole[: len(given.path)]):
+                source, bound = self._receiver(given.to, module)
+                named = source.parameter(given.argument, bound is not None)
+                if named is not None:
+                    found |= source.reads(named, whole[len(given.path) :], bound, depth - 1)
+        return found
+
+    def parameter(self, argument: int | str, is_method: bool) -> str | None:
+        """Return the name of the parameter that takes an argument of a call."""
+        if isinstance(argument, str):
+            return argument if argument in self.parameters else None
+        position = argument + is_method
+        return self.parameters[position] if position < len(self.parameters) else None
+
+    def _receiver(
+        self, to: "_Path | types.FunctionType", module: nn.Module | None
+    ) -> tuple["_Source", nn.Module | None]:
+        """Return the source of what is called, and the module of which it is a method."""
+        if isinstance(to, types.FunctionType):
+            return _source(to), None
+        if module is not None and to[0] == self.parameters[0]:
+            method = getattr(type(module), to[1], None) if len(to) == 2 else None
+            if isinstance(method, types.FunctionType):
+                return _source(inspect.unwrap(method)), module
+            for component in to[1:]:
+                module = module._modules.get(component) if module is not None else None
+            if module is not None:
+                return _source(inspect.unwrap(type(module).forward)), module
+        return _Source(), None
+
+
+def _fits(read: Sequence[str], path: Sequence[str]) -> bool:
+    return len(read) == len(path) and all(r in (p, "*") for r, p in zip(read, path, strict=True))
+
+
+@functools.cache
+def _source(function: Callable[..., object]) -> _Source:
     try:
-        source = inspect.getsource(method)
-        if not _WORTH_PARSING.search(source):
-            return
-        function = ast.parse(textwrap.dedent(source)).body[0]
+        text = inspect.getsource(function)
+        parsed = ast.parse(textwrap.dedent(text)).body[0] if _WORTH_PARSING.search(text) else None
     except (OSError, TypeError, SyntaxError):
-        return
-    if not isinstance(function, ast.FunctionDef) or not (function.args.posonlyargs + function.args.args):
-        return
-    known = _Known(function)
+        return _Source()
+    if not isinstance(parsed, ast.FunctionDef):
+        return _Source()
+    given = parsed.args
+    source = _Source([argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)] or [""])
+    known = _Known(parsed, source.parameters)
     skipped: set[int] = set()
-    for node in ast.walk(function):
+    for node in ast.walk(parsed):
         if isinstance(node, ast.Attribute) and node.attr in _METADATA:
             skipped.add(id(node.value))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
             skipped.update(id(argument) for argument in node.args)
         elif isinstance(node, ast.Call):
-            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-            paths.handed_on.update(path for argument in arguments for path in known.paths(argument) if path)
+            source.handed_on += _handed_on(node, known, function)
         elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
             skipped.update(map(id, [node.left, *node.comparators]))
-    for node in ast.walk(function):
+    for node in ast.walk(parsed):
         if not isinstance(node, ast.Attribute) or id(node) in skipped:
             continue
-        if node.attr in ("weight", "bias") and isinstance(node.ctx, ast.Load):
-            paths.read.update((*path, node.attr) for path in known.paths(node.value) if path)
+        if node.attr in _ATTRIBUTES and isinstance(node.ctx, ast.Load):
+            source.read.update((*path, node.attr) for path in known.paths(node.value))
+    return source
+
+
+def _handed_on(call: ast.Call, known: "_Known", function: Callable[..., object]) -> Iterator[_HandedOn]:
+    named = [(keyword.arg, keyword.value) for keyword in call.keywords if keyword.arg is not None]
+    given = [(n, path) for n, value in (*enumerate(call.args), *named) for path in known.paths(value)]
+    if not given:
+        return
+    receivers: list[Any] = [path for path in known.paths(call.func) if len(path) > 1]
+    if isinstance(call.func, ast.Name):
+        found = getattr(function, "__globals__", {}).get(call.func.id)
+        receivers += [found] if isinstance(found, types.FunctionType) else []
+    yield from (_HandedOn(path, to, n) for n, path in given for to in receivers)
 
 
 class _Known:
-    """What the names in a method stand for: the module itself, and what lies below it at some path."""
+    """What the names in a function stand for: what it was given, and what lies below that at some path."""
 
-    def __init__(self, function: ast.FunctionDef):
-        first = (function.args.posonlyargs + function.args.args)[0].arg
-        self.names: dict[str, set[_Path]] = {first: {()}}
+    def __init__(self, function: ast.FunctionDef, parameters: Sequence[str]):
+        self.names: dict[str, set[_Path]] = {name: {(name,)} for name in parameters}
         before = -1
         while before != sum(map(len, self.names.values())):  # a name may stand for what another stands for
             before = sum(map(len, self.names.values()))
@@ -157,13 +210,13 @@ class _Known:
                     self._iterate(node.target, node.iter)
 
     def paths(self, node: ast.expr) -> set[_Path]:
-        """Return the paths below the module of what an expression like `self.a.b[i]` may be."""
+        """Return the paths of what an expression like `self.a.b[i]` may be."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, set())
         if isinstance(node, ast.Attribute):
-            return {(*above, node.attr) for above in self.paths(node.value) if len(above) < 8}
+            return {(*above, node.attr) for above in self.paths(node.value) if len(above) < 9}
         if isinstance(node, ast.Subscript):
-            above = self.paths(node.value) - {()}
+            above = self.paths(node.value)
             return above if isinstance(node.slice, ast.Slice) else _members(above)
         return set()
 
@@ -197,4 +250,4 @@ class _Known:
 
 
 def _members(paths: set[_Path]) -> set[_Path]:
-    return {(*path, "*") for path in paths if path and len(path) < 8}
+    return {(*path, "*") for path in paths if len(path) < 9}

@@ -243,6 +243,7 @@ def _select_all_linear(model: nn.Module, names: Names, selection: Selection) -> 
     selection.left_out.update(dict.fromkeys(_bare_parameters(names), BARE_PARAMETER))
     if not chosen:
         reasons = dict.fromkeys(selection.left_out.get(name, "excluded") for name in candidates)
+        reasons |= dict.fromkeys(reason for reason in selection.left_out.values() if reason == BARE_PARAMETER)
         what = f"no linear layer to adapt in this model{': ' if reasons else ''}{'; '.join(reasons)}"
         selection.problems.append(f"target 'all-linear' finds {what}")
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import lorank
 from lorank import LoRA
 from lorank.cli import app
+from lorank.examining import examine
 
 from .. import models
 from .running import refused, run, run_json
@@ -158,3 +159,19 @@ def test_a_run_stands_for_its_adapter(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "adapter")
     refused("has no adapter yet; go on with lorank train --resume", "inspect", tmp_path / "run")
     refused("no adapter|not an adapter|cannot read", "inspect", tmp_path)
+
+
+def test_layers_of_every_kind_are_listed(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict(
+        {"lstm": torch.nn.LSTM(4, 6), "conv": torch.nn.Conv2d(4, 4, 3, groups=2), "embed": torch.nn.Embedding(9, 4)}
+    )
+    lorank.adapt(model, lorank.LoRA(rank=2), ["lstm", "conv"], train_tokens={"embed": [3, 7]})
+    lorank.save(model, tmp_path)
+    found = examine(tmp_path)
+    assert {(layer.name, layer.shape) for layer in found.layers} == {
+        ("conv", (4, 18)),
+        ("lstm[weight_ih_l0]", (24, 4)),
+        ("lstm[weight_hh_l0]", (24, 6)),
+    }
+    assert found.tokens == {"embed": [3, 7]}
+    assert found.parameters == sum(p.numel() for p in lorank.adapter_parameters(model).values())

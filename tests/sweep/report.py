@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-from .procedure import Result
+from .procedure import IN_FLOAT64, NEEDS_INPUT_GRADIENTS, ROUNDING_SHOWS, Result
 
 _INTRODUCTION = """# Architectures
 
@@ -65,6 +65,7 @@ def _remarks(result: Result) -> str:
     parts = [f"{len(result.unused)} unreached"] if result.unused else []
     reasons = {reason: layers for reason, layers in result.left_out.items() if reason != "output head"}
     parts += [f"{len(layers)} left out: {reason}" for reason, layers in reasons.items()]
+    parts += [text for text in result.remarks if text.startswith((NEEDS_INPUT_GRADIENTS, IN_FLOAT64, ROUNDING_SHOWS))]
     return "; ".join(parts)
 
 

@@ -42,6 +42,10 @@ def inspect(
         for kind, tensors in (("trained whole", found.copies), ("bias", found.biases)):
             if tensors:
                 out.print(f"{kind}: {', '.join(tensors)}")
+        for name, ids in found.tokens.items():
+            out.print(f"rows of {len(ids)} tokens: {name}")
+        for name, source in found.tied.items():
+            out.print(f"tied: {name} has the update of {source}")
         out.print(
             f"{found.parameters:,} parameters in {len(found.layers)} layers, {readable(found.bytes)} in {Path(place)}",
         )

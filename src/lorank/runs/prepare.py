@@ -172,6 +172,7 @@ def adapt_base(recipe: Recipe, model: Any, fresh: Sequence[str] = ()) -> Plan:
         alphas=recipe.alphas,
         train_also=train_also,
         bias=recipe.bias,  # type: ignore[arg-type]
+        tie=recipe.tie,
     )
 
 

@@ -68,6 +68,7 @@ class Recipe:
     ranks: dict[str, int] = _key({}, _ADAPTER, "rank by pattern, {pattern: rank}")
     alphas: dict[str, float] = _key({}, _ADAPTER, "alpha by pattern, {pattern: alpha}")
     bias: str = _key("none", _ADAPTER, "train biases: none, adapted or all")
+    tie: bool = _key(False, _ADAPTER, "adapt layers that share a weight, an embedding and its head, as one")
     train_also: list[str] | None = _key(
         None, _ADAPTER, "modules to train whole, as a copy; default: a classifier's head"
     )
