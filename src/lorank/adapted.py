@@ -167,7 +167,12 @@ class Adapted(nn.Module):
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer as it is without adapters."""
-        return super().forward(*args, **kwargs)
+        adapters = self.adapters
+        before, adapters.updates = adapters.updates, ()  # nothing is read with an update either
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            adapters.updates = before
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -221,7 +226,11 @@ def adapted_class(
 
 def _reading(attribute: str) -> property:
     def read(layer: Adapted) -> Tensor | None:
-        return layer.adapters.read(layer, attribute)
+        form = layer.adapters.read
+        try:
+            return form(layer, attribute)
+        except AttributeError as error:  # of a property nn.Module takes it for "not here", and gives the parameter
+            raise RuntimeError(f"{attribute} with its update cannot be formed: {error}") from error
 
     return property(read)  # assignment is nn.Module's, and changes the parameter
 
@@ -272,7 +281,8 @@ def become(layer: nn.Module, other: nn.Module) -> None:
     if isinstance(layer, Adapted):
         to = adapted_class(to, layer.reads, layer.substitutes)
     _change_class(layer, to)
-    for name in layer.__dict__.keys() - other.__dict__.keys() - {"forward", "_old_forward", "_hf_hook"}:
+    kept = {"forward", "_old_forward", "_hf_hook", "_frozen_by_lorank"}
+    for name in layer.__dict__.keys() - other.__dict__.keys() - kept:
         del layer.__dict__[name]
     layer.__dict__.update({k: v for k, v in other.__dict__.items() if not k.startswith("_") and k != "training"})
     layer._parameters, layer._buffers, layer._modules = other._parameters, other._buffers, other._modules

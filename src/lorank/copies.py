@@ -7,7 +7,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .adapted import Adapted
 from .errors import enumerate_names
-from .hosts import overrides_forward
+from .hosts import overrides_forward, registered_host
 from .names import Names, find_modules, lies_in
 from .targets import Selection
 from .tree import base_modules
@@ -59,6 +59,11 @@ def _holds_state(module: nn.Module) -> bool:
     return any(m._parameters or m._buffers for _, m in base_modules(module))
 
 
+def _is_packed(module: nn.Module) -> bool:
+    host = registered_host(module)
+    return host is not None and host.quantised
+
+
 def why_not_copyable(name: str, names: Names, adapted: set[str]) -> str | None:
     """Return why a module cannot be trained as a copy beside the layers `adapted`; None when it can."""
     module = names.modules[name]
@@ -68,6 +73,9 @@ def why_not_copyable(name: str, names: Names, adapted: set[str]) -> str | None:
         return f"{name} has no parameters"
     if any(type(hook).__module__.startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()):
         return f"{name}: a hook computes its weight (pruned or normalised); make that permanent first"
+    packed = [n for n, m in names.modules.items() if lies_in(n, [name]) and _is_packed(m)]
+    if packed:
+        return f"the weights of {enumerate_names(packed, 3)} are packed by a quantiser, and no copy of them could train"
     read = [n for n in names.modules if lies_in(n, [name]) and names.read_without_call(n, above=name)]
     if read:
         return f"{read[0]} is read by a module above it without being called, so that a copy of it would have no effect"

@@ -120,11 +120,11 @@ def _layer(name: str, part: str, update: LayerUpdate) -> Layer:
     return Layer(
         name=_label(name, part),
         rank=A.shape[-2],
-        alpha=update.spec.alpha,
-        scale=update.spec.scale,
+        alpha=update.spec_of(part).alpha,
+        scale=update.spec_of(part).scale,
         shape=(*B.shape[:-1], A.shape[-1]),
         dtype=dtype_name(A.dtype),
-        norm=_norm(A, B, update.spec.scale),
+        norm=_norm(A, B, update.spec_of(part).scale),
         parameters=A.numel() + B.numel(),
     )
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .errors import AdapterError, enumerate_names, raise_problems
 from .idle import idle_experts, is_idle
 from .surgery import adapter_parameters, named_or_active
+from .tokens import TokenRows
 from .tree import active_adapters, adapter_names, base_modules, entries, unwrapped
 from .variants import Adapter, LoRAAdapter
 
@@ -37,6 +38,9 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
     for adapter in chosen:
         for layer_name, (_, entry) in entries(model, adapter).items():
             for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
+                if isinstance(leaf, TokenRows) and _saw_no_token(leaf):
+                    idle.add(id(leaf.offset))
+                    remarks.append(f"{layer_name}: none of the {len(leaf.tokens)} trained tokens occurred")
                 if isinstance(leaf, LoRAAdapter):
                     if leaf.spec.dropout and not leaf.training:
                         dropout[adapter] = leaf.spec.dropout
@@ -131,6 +135,12 @@ def _unseen_tokens(layer_name: str, leaf: LoRAAdapter) -> list[str]:
         return []
     unseen = int((leaf.A.grad == 0).all(dim=0).sum())
     return [f"{layer_name}: {unseen:,} of {leaf.A.shape[1]:,} tokens got no gradient"] if unseen else []
+
+
+def _saw_no_token(leaf: TokenRows) -> bool:
+    """Tell whether rows of an embedding got gradients of zero, as they do where none of these tokens occurs."""
+    gradient = leaf.offset.grad
+    return leaf.host.lookup and gradient is not None and not gradient.any()
 
 
 def _idle_of_stack(layer_name: str, leaf: LoRAAdapter) -> list[str]:

@@ -175,11 +175,9 @@ def _prepare(model: nn.Module, name: str | None, allow_other_base: bool) -> tupl
     dtype = _floating_dtype(model)
     jobs = [_job(layer_name, layer, found, dtype) for layer_name, (layer, found) in by_layer.items()]
     ties = Ties(model)
+    layers = {layer_name: layer for layer_name, (layer, _) in by_layer.items()}
     for job in jobs:
-        mirrored = _mirrored_in(
-            job, {name: layer for adapter in names for name, (layer, _) in entries(model, adapter).items()}
-        )
-        problems += _job_problems(job, ties, mirrored)
+        problems += _no_longer_tied(job, ties, layers) + _job_problems(job, ties, _mirrored_in(job, layers))
     raise_problems("cannot merge", problems)
     other = {label: found for job in jobs for label, found in _other_bases(job, allow_other_base).items()}
     raise_problems("cannot merge", other_base(other, False, [], "merge"))
@@ -194,6 +192,18 @@ def _mirrored_in(job: _Job, layers: Mapping[str, Adapted]) -> set[str]:
         for name, layer in layers.items()
         if wanted and wanted <= {id(leaf.source) for leaf in leaves_of(layer) if isinstance(leaf, Mirror)}
     }
+
+
+def _no_longer_tied(job: _Job, ties: Ties, layers: Mapping[str, Adapted]) -> list[str]:
+    """Return a problem for each layer that has an update of a job, but not its weight: merging would not reach it."""
+    own = {id(update) for updates in job.updates.values() for update in updates}
+    sharing = {other.rpartition(".")[0] for weight in job.weights() for other in ties.others(job.layer, weight)}
+    return [
+        f"{name} has the update of {job.name}, and no longer its weight, as after `to_empty` or loading with assign=True; "
+        "tie them again"
+        for name, layer in layers.items()
+        if name not in sharing and any(isinstance(leaf, Mirror) and id(leaf.source) in own for leaf in leaves_of(layer))
+    ]
 
 
 def _floating_dtype(model: nn.Module) -> torch.dtype | None:
@@ -297,7 +307,7 @@ def _overflows(job: _Job) -> list[str]:
         limit = torch.finfo(W.dtype).max
         # |ΔW| <= |scale| · rank · max|A| · max|B|: cheap, and enough for all but the odd float16 layer.
         factors = [u for u in updates if isinstance(u, LoRAAdapter)]
-        bound = sum(abs(u.scale) * u.A.shape[0] * float(u.A.abs().max() * u.B.abs().max()) for u in factors)
+        bound = sum(abs(u.scale) * u.A.shape[-2] * float(u.A.abs().max() * u.B.abs().max()) for u in factors)
         if len(factors) == len(updates) and float(W.abs().max()) + bound < limit:
             continue
         if not torch.isfinite((wide(W) + _delta(job, part)).to(W.dtype)).all():

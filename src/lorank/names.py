@@ -17,10 +17,12 @@ class Names:
     def __init__(self, model: nn.Module):
         self.modules: dict[str, nn.Module] = {}
         self.canonical: dict[str, str] = {}
+        self.aliases: dict[str, list[str]] = {}  # by the first name, itself among them
         first: dict[int, str] = {}
         for name, module in base_modules(model):
             self.modules[name] = module
             self.canonical[name] = first.setdefault(id(module), name)
+            self.aliases.setdefault(self.canonical[name], []).append(name)
 
     def parent(self, name: str) -> tuple[nn.Module | None, str]:
         """Return the module that holds `name`, and the name it has there."""
@@ -87,11 +89,9 @@ class Names:
 
         above: a module around the layer, of which only those further up count.
         """
-        first = self.canonical.get(name, name)
         return frozenset(
             attribute
-            for other, canonical in self.canonical.items()
-            if canonical == first
+            for other in self.aliases[self.canonical[name]]
             for attribute in read_without_call(other, self.modules.__getitem__, above)
         )
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from .adapted import Adapters, base_class, why_not_attachable
-from .companions import why_no_bias_offset
+from .companions import Parts, why_no_bias_offset
 from .copies import count, find_copies, moving_statistics, own_parameters
 from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
-from .hosts import Host, NoHost
+from .hosts import Host, NoHost, own_parameter
 from .names import Names, find_modules, lies_in
 from .targets import BARE_PARAMETER, OUTPUT_HEAD, Selection, Targets, parse_parts, select
 from .tied import Tie, sharing, tie_of
@@ -78,7 +78,7 @@ class Plan:
     def trainable_parameters(self) -> int:
         """Numbers that would be trained: factors, copies and biases."""
         copies = sum(count(own_parameters(module)) for module in self.copies.values())
-        biases = sum(module.get_parameter("bias").numel() for module in self.biases.values())
+        biases = sum(own_parameter(module, "bias").numel() for module in self.biases.values())
         rows = sum(len(ids) * row_size(self.token_layers[name]) for name, ids in self.tokens.items())
         return sum(place.parameters for place in self.places) + copies + biases + rows
 
@@ -96,7 +96,7 @@ class Plan:
         for name, module in self.copies.items():
             add(name, module, "", "trained whole, as a copy", count(own_parameters(module)))
         for name, module in self.biases.items():
-            bias = module.get_parameter("bias")
+            bias = own_parameter(module, "bias")
             add(f"{name}.bias", module, str(bias.numel()), "trained", bias.numel())
         for name, ids in self.tokens.items():
             size = row_size(self.token_layers[name])
@@ -191,7 +191,11 @@ def plan(
         tied.setdefault(layer_name, (names.host(layer_name), how))
     biases = _find_biases(bias, names, selection, copies, problems)
     notes += moving_statistics(names, copies)
-    for layer_name in dict.fromkeys([*selection.layers, *copies, *biases, *tied, *tokens.rows]):
+    adapted = {place.name for place in places} | tied.keys() | tokens.rows.keys()
+    problems += [
+        f"{n} would be adapted and trained whole at once" for n in names.modules if n in adapted & copies.keys()
+    ]
+    for layer_name in dict.fromkeys([*selection.layers, *copies, *biases, *(n for n in names.modules if n in adapted)]):
         if layer_name not in copies and any(lies_in(layer_name, [copy]) for copy in copies):
             problems.append(f"{layer_name} lies in {enumerate_names(copies)}, of which the adapter trains a copy")
         reason = why_not_attachable(names.modules[layer_name])
@@ -331,6 +335,11 @@ def _places(name: str, parts: tuple[str, ...] | None, spec: Spec, names: Names, 
         host = names.host(name, parts)
         known = host.parts(layer)
         wanted = known if parts is None else tuple(part for part in known if part in parts)
+        problems += [
+            f"{name}.{part}: an adapter has an attribute of this name, and could not keep a part under it; rename it"
+            for part in wanted
+            if hasattr(Parts({}), part)
+        ]
         return [Place(name, part, layer, host, spec, host.shape(layer, part)) for part in wanted]
     except NoHost as error:
         problems.append(f"{name}: {error}")

@@ -42,11 +42,15 @@ def read_without_call(name: str, modules: Callable[[str], nn.Module], below: str
     components = name.split(".") if name else []
     for length in range(len((below or name).split(".")) if components else 0):
         above = modules(".".join(components[:length]))
-        for source in _methods(type(above)):
-            found |= source.reads(source.parameters[0], components[length:], above)
+        path = components[length:]
+        found.update(attribute for *read, attribute in weights_read(type(above)) if _fits(read, path))
+        for start, given, source in _handed_on_below(type(above)):
+            if start[0] in (path[0], "*") and _fits(start, path[: len(start)]):
+                found |= source.read_by_receiver(given, path[len(start) :], above)
     return frozenset(found)
 
 
+@functools.cache
 def weights_read(cls: type) -> frozenset[_Path]:
     """Return the paths of weights and biases that methods of a class read: ("self_attn", "out_proj", "weight").
 
@@ -57,10 +61,21 @@ def weights_read(cls: type) -> frozenset[_Path]:
 
 
 @functools.cache
-def _methods(cls: type) -> tuple["_Source", ...]:
-    """Return the sources of a class's methods that matter, with those it inherits."""
-    owners = [c for c in cls.__mro__ if c not in (nn.Module, object) and "carries_adapters" not in vars(c)]
-    return tuple(source for owner in owners for source in _methods_of(owner) if source.read or source.handed_on)
+def _handed_on_below(cls: type) -> tuple[tuple[_Path, "_HandedOn", "_Source"], ...]:
+    """Return what methods of a class hand on of what lies below their module, with its path."""
+    return tuple(
+        (given.path[1:], given, source)
+        for source in _methods(cls)
+        for given in source.handed_on
+        if given.path[0] == source.parameters[0] and len(given.path) > 1
+    )
+
+
+def _methods(cls: type) -> Iterator["_Source"]:
+    """Yield the sources of a class's methods, with those it inherits."""
+    for owner in cls.__mro__:
+        if owner not in (nn.Module, object) and "carries_adapters" not in vars(owner):
+            yield from _methods_of(owner)
 
 
 @functools.cache
@@ -95,7 +110,7 @@ class _HandedOn:
     """Something that a function gives to another as an argument."""
 
     path: _Path  # of what is given
-    to: _Path | types.FunctionType  # below what the function was given itself, or a function of its module
+    to: Any  # a path below what the function was given itself, or a function that it knows
     argument: int | str
 
 
@@ -107,20 +122,27 @@ class _Source:
     read: set[_Path] = field(default_factory=set)
     handed_on: list[_HandedOn] = field(default_factory=list)
 
-    def reads(self, parameter: str, path: Sequence[str], module: nn.Module | None, depth: int = 3) -> set[str]:
+    def reads(self, parameter: str, path: Sequence[str], module: nn.Module | None, depth: int) -> set[str]:
         """Return which attributes are read of what lies at a path below a parameter.
 
         module: what the first parameter is, where that is known.
         """
         whole = (parameter, *path)
         found = {attribute for *read, attribute in self.read if _fits(read, whole)}
-        for given in self.handed_on if depth else ():
+        for given in self.handed_on:
             if _fits(given.path, whole[: len(given.path)]):
-                source, bound = self._receiver(given.to, module)
-                named = source.parameter(given.argument, bound is not None)
-                if named is not None:
-                    found |= source.reads(named, whole[len(given.path) :], bound, depth - 1)
+                found |= self.read_by_receiver(given, whole[len(given.path) :], module, depth)
         return found
+
+    def read_by_receiver(
+        self, given: _HandedOn, path: Sequence[str], module: nn.Module | None, depth: int = 3
+    ) -> set[str]:
+        """Return which attributes a function that is called here reads of what lies at a path below an argument."""
+        if not depth:
+            return set()
+        source, receiver = self._receiver(given.to, module)
+        named = source.parameter(given.argument, is_method=receiver is not None)
+        return set() if named is None else source.reads(named, path, receiver, depth - 1)
 
     def parameter(self, argument: int | str, is_method: bool) -> str | None:
         """Return the name of the parameter that takes an argument of a call."""
@@ -129,21 +151,24 @@ class _Source:
         position = argument + is_method
         return self.parameters[position] if position < len(self.parameters) else None
 
-    def _receiver(
-        self, to: "_Path | types.FunctionType", module: nn.Module | None
-    ) -> tuple["_Source", nn.Module | None]:
+    def _receiver(self, to: Any, module: Any) -> tuple["_Source", nn.Module | None]:
         """Return the source of what is called, and the module of which it is a method."""
         if isinstance(to, types.FunctionType):
             return _source(to), None
-        if module is not None and to[0] == self.parameters[0]:
-            method = getattr(type(module), to[1], None) if len(to) == 2 else None
-            if isinstance(method, types.FunctionType):
-                return _source(inspect.unwrap(method)), module
+        if module is None or to[0] != self.parameters[0]:
+            return _Source(), None
+        method: Any = getattr(type(module), to[1], None) if len(to) == 2 else None
+        if not isinstance(method, types.FunctionType):
             for component in to[1:]:
-                module = module._modules.get(component) if module is not None else None
-            if module is not None:
-                return _source(inspect.unwrap(type(module).forward)), module
-        return _Source(), None
+                inside = {} if module is None else module._modules
+                module = next(iter(inside.values()), None) if component == "*" else inside.get(component)
+            method = None if module is None else _forward_of(type(module))
+        return (_Source(), None) if method is None else (_source(inspect.unwrap(method)), module)
+
+
+def _forward_of(cls: type[nn.Module]) -> Callable[..., object] | None:
+    owners = (vars(c) for c in cls.__mro__ if "carries_adapters" not in vars(c))
+    return next((members["forward"] for members in owners if "forward" in members), None)
 
 
 def _fits(read: Sequence[str], path: Sequence[str]) -> bool:

@@ -147,6 +147,8 @@ def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job
     problems += _find_tokens(job, content, places)
     problems += _find_values(job, content, places)
     problems += _find_brought(job, content, places)
+    for found in (job.updates, job.tokens, job.values):
+        _repeat(found, places)
     present = places.present | job.values.keys()
     lacking = {
         key.rpartition(".")[0]
@@ -169,13 +171,21 @@ def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job
     return job
 
 
+def _repeat(found: dict[str, Any], places: _Places) -> None:
+    """Change a tied weight under each name that the checkpoint has it by."""
+    for key in [key for key in found if key in places.own]:
+        found.update(dict.fromkeys(places.aliases(key) & places.present - found.keys(), found[key]))
+
+
 def _find_updates(job: _Job, content: Content, places: _Places) -> list[str]:
     """Put the low-rank updates into the job, by the weight that each changes; return what is wrong."""
     problems: list[str] = []
     for name, host, update in located(content, places.names, problems):
         layer = places.names.modules[name]
         for part, (A, B) in update.factors.items():
-            problems += factor_problems(Place(name, part, layer, host, update.spec, host.shape(layer, part)), A, B)
+            problems += factor_problems(
+                Place(name, part, layer, host, update.spec_of(part), host.shape(layer, part)), A, B
+            )
             tied = {other for other, tie in content.tied.items() if places.names.canonical.get(tie.source) == name}
             others = [
                 o for o in places.ties.others(layer, host.weight(layer, part)) if o.rpartition(".")[0] not in tied
@@ -196,9 +206,11 @@ def _find_tokens(job: _Job, content: Content, places: _Places) -> list[str]:
     """Put rows of tokens into the job; return what is wrong."""
     wanted = {f"re:{re.escape(name)}": ids for name, (ids, _) in content.tokens.items()}
     problems: list[str] = []
-    find_tokens(job.model, wanted, places.names, places.ties, problems)
+    found = find_tokens(job.model, wanted, places.names, places.ties, problems)
     for name, (ids, rows) in content.tokens.items():
         own, key = places.own.get(f"{name}.weight"), f"{name}.weight"
+        if not problems and places.names.canonical.get(name, name) not in found.rows:
+            problems.append(f"the file has rows of tokens for {name} and not for the layer whose weight it shares")
         if own is not None and rows.shape != (len(ids), own.shape[1]):
             problems.append(f"{name}: rows of tokens are {tuple(rows.shape)} in the file, for {len(ids)} tokens")
         if key not in places.present:
@@ -297,7 +309,7 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
     change = job.updates[slot.name]
     name, host, update = change.layer, change.host, change.update
     layer = job.model.get_submodule(name)
-    attribute = slot.name.rpartition(".")[2]
+    attribute = host.attribute(layer, change.parts[0])
     placeholder = layer._parameters[attribute]
     assert placeholder is not None
     if placeholder.shape != tensor.shape:
@@ -319,7 +331,7 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
         layer._parameters[attribute] = nn.Parameter(tensor.to(slot.dtype, copy=True), requires_grad=False)
         for part in change.parts:
             A, B = update.factors[part]
-            job.rows.append(fold(name, layer, host, part, before[part], delta(A, B, update.spec.scale)))
+            job.rows.append(fold(name, layer, host, part, before[part], delta(A, B, update.spec_of(part).scale)))
         weight = layer._parameters[attribute]
         assert weight is not None
         return _finite(weight.detach(), slot.name)

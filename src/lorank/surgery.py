@@ -10,7 +10,7 @@ from . import planning
 from .adapted import attach, detach, pristine_copy, why_not_detachable
 from .companions import BiasOffset, join
 from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
-from .hosts import host_of
+from .hosts import host_of, own_parameter
 from .names import Names
 from .planning import Bias, Plan
 from .targets import Targets
@@ -212,7 +212,7 @@ def _copy_tensors(layer: nn.Module, copy: nn.Module) -> None:
     for name, module in base_modules(copy):
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                source = own[name].get_parameter(key)
+                source = own_parameter(own[name], key)
                 made.setdefault(id(source), on_device_of(parameter, source)).data.copy_(source)
                 module._parameters[key] = made[id(source)]
         for key, buffer in module._buffers.items():
@@ -353,6 +353,11 @@ def why_not_together(model: nn.Module, names: Sequence[str]) -> list[str]:
     for name in names:
         for layer_name in entries(model, name):
             top = next((top for top in copied if layer_name.startswith(top + ".")), None)
+            layer, entry = entries(model, name)[layer_name]
+            if layer_name in copied and isinstance(entry, Adapter) and not all(e.adds(layer) for e in entry.leaves()):
+                problems.append(
+                    f"'{name}' runs {layer_name} under its update, of which '{copied[layer_name]}' runs a copy"
+                )
             if top is not None:
                 problems.append(f"'{name}' adapts {layer_name}, in {top}, of which '{copied[top]}' runs a copy")
     if lone and len(names) > 1:

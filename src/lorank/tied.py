@@ -25,9 +25,11 @@ class Tie:
 class Mirror(Adapter):
     """The update of another layer, for a layer that has the same weight."""
 
+    source: Update
+
     def __init__(self, source: Update, host: Host, tie: Tie):
         super().__init__()
-        self.source = source  # shared with the other layer; its parameters are listed once
+        vars(self)["source"] = source  # no part of this one: what both layers share, the other has
         self.host, self.tie = host, tie
 
     def leaves(self) -> Iterator[Adapter]:
@@ -50,6 +52,9 @@ class Mirror(Adapter):
 
     def reset_parameters(self, layer: nn.Module) -> None:
         """Leave the source as it is: it is reset by itself."""
+
+    def extra_repr(self) -> str:
+        return f"of {self.tie.source}"
 
 
 WEIGHT, TOKENS = "weight", "tokens"  # names among a layer's parts: the update of its matrix, and its trained rows
@@ -88,8 +93,14 @@ def tie_of(name: str, source: str, source_host: Host, names: Names) -> tuple[Hos
     if host.parts(names.modules[name]) != ("weight",):
         raise NoHost("only layers of one matrix can be tied")
     own, other = host.matrix(names.modules[name], "weight"), source_host.matrix(names.modules[source], "weight")
-    if own.shape == other.shape and own.stride() == other.stride():
-        return host, Tie(source, transposed=False)
-    if own.shape == other.mT.shape and own.stride() == other.mT.stride():
-        return host, Tie(source, transposed=True)
-    raise NoHost(f"it has only a part of the weight of {source}, or has it in another order")
+    if host.quantised or own.data_ptr() == other.data_ptr():  # no copies of the weight, in an order of their own
+        if own.shape == other.shape and own.stride() == other.stride() and _run_alike(host, source_host):
+            return host, Tie(source, transposed=False)
+        if own.shape == other.mT.shape and own.stride() == other.mT.stride():
+            return host, Tie(source, transposed=True)
+    raise NoHost(f"{name} has only a part of the weight of {source}, or has it in another order")
+
+
+def _run_alike(host: Host, source_host: Host) -> bool:
+    """Tell whether a layer can run the update of another as that does; one that reads W + ΔW always can."""
+    return type(host) is type(source_host) or not (host.additive and source_host.additive)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import enumerate_names
 from .hosts import AdditiveHost, Host, NoHost
 from .names import Names, find_modules
 from .tied import Tie, sharing, tie_of
@@ -27,8 +28,9 @@ class TokenRows(Update):
         weight = host.weight(layer, "weight")
         dtype = torch.promote_types(weight.dtype, torch.float32)
         device = device or weight.device
+        self.tokens = tuple(sorted(ids))
         self.ids: Tensor
-        self.register_buffer("ids", torch.tensor(sorted(ids), device=device), persistent=False)  # (tokens,)
+        self.register_buffer("ids", torch.tensor(self.tokens, device=device), persistent=False)  # (tokens,)
         self.offset = nn.Parameter(torch.zeros(len(ids), row_size(layer), device=device, dtype=dtype))
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -48,13 +50,9 @@ class TokenRows(Update):
         return y + (found if scaled is None else scaled(layer, found))
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
-        weight = self.host.own(layer)
-        rows = self.offset.new_zeros(self._vocabulary(layer), weight.shape[-1]).index_copy(0, self.ids, self.offset)
+        offset = materialised(self.offset, self.host.own(layer))
+        rows = offset.new_zeros(row_count(layer), row_size(layer)).index_copy(0, self.ids, offset)
         return rows.T if self.host.lookup else rows
-
-    def _vocabulary(self, layer: nn.Module) -> int:
-        out, in_ = self.host.shape(layer, "weight")
-        return in_ if self.host.lookup else out
 
     def values(self, layer: nn.Module) -> Tensor:
         """Return the whole trained rows, (tokens, dimension), in the offset's dtype."""
@@ -66,9 +64,8 @@ class TokenRows(Update):
         return (W.T if self.host.lookup else W)[self.ids].to(self.offset.dtype)
 
     def reset_parameters(self, layer: nn.Module) -> None:
-        if self.ids.is_meta:
-            raise RuntimeError("token numbers have no values on the meta device")
         self.offset = on_device_of(self.offset, self.host.own(layer))
+        self.ids = torch.tensor(self.tokens, device=self.offset.device)  # on the meta device they had no values
         nn.init.zeros_(self.offset)
 
     def at_start(self, layer: nn.Module) -> bool:
@@ -91,6 +88,11 @@ def row_size(layer: Any) -> int:
     return layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.in_features
 
 
+def row_count(layer: Any) -> int:
+    """Return the number of tokens of which an embedding or a head has a row."""
+    return layer.num_embeddings if hasattr(layer, "num_embeddings") else layer.out_features
+
+
 def find_tokens(
     model: nn.Module,
     wanted: Sequence[int] | Mapping[str, Sequence[int]],
@@ -111,7 +113,9 @@ def find_tokens(
         for pattern, ids in wanted.items():
             matched, problem = find_modules(pattern, names)
             problems += [f"train_tokens {problem}"] if problem else []
-            chosen.update(dict.fromkeys(matched, ids))
+            for name in matched:
+                if chosen.setdefault(name, ids) != ids:
+                    problems.append(f"train_tokens gives {name} two lists of token numbers")
     elif wanted:
         layers = _input_and_output(model, names)
         if not layers:
@@ -121,21 +125,26 @@ def find_tokens(
         chosen.update(dict.fromkeys(layers, wanted))
     for name, ids in chosen.items():
         try:
-            host = names.host(name)
-            _check_layer(names.modules[name], host)
-            _check_ids(ids, host.shape(names.modules[name], "weight")[1 if host.lookup else 0])
+            _put_rows(name, ids, names, ties, found)
         except NoHost as error:
             problems.append(f"train_tokens: {name}: {error}")
-            continue
-        if name in found.ties:
-            continue
-        found.rows[name] = tuple(sorted(ids))
-        for other in sharing(name, "weight", host, names, ties):
-            try:
-                found.ties[other] = tie_of(other, name, host, names)
-            except NoHost as error:
-                problems.append(f"train_tokens: {other}, which shares the weight of {name}: {error}")
     return found
+
+
+def _put_rows(name: str, ids: Sequence[int], names: Names, ties: Ties, found: Tokens) -> None:
+    """Put rows of a layer where they belong: to the first of the layers that share its weight; the others mirror it."""
+    host = names.host(name)
+    _check_layer(names.modules[name], host)
+    _check_ids(ids, host.shape(names.modules[name], "weight")[1 if host.lookup else 0])
+    group = [name, *sharing(name, "weight", host, names, ties)]
+    source = next(other for other in names.modules if other in group)
+    source_host = host if source == name else names.host(source)
+    rows = tuple(sorted(ids))
+    if found.rows.setdefault(source, rows) != rows:
+        raise NoHost(f"it shares its weight with {enumerate_names(group[1:])}, of which other tokens are named")
+    for other in group:
+        if other != source:
+            found.ties[other] = tie_of(other, source, source_host, names)
 
 
 def _input_and_output(model: nn.Module, names: Names) -> list[str]:
@@ -158,7 +167,8 @@ def _check_layer(layer: nn.Module, host: Host) -> None:
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int) -> None:
-    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    listed = isinstance(ids, Sequence) and not isinstance(ids, str)
+    if not listed or not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise NoHost(f"token numbers are whole numbers; got {ids!r}")
     if len(set(ids)) < len(ids):
         raise NoHost("a token is named twice")

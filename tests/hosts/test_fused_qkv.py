@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel
 
 import lorank
-from lorank.hosts import FusedHost, RowLayout, consecutive, fused_qkv, host_of, layout_of, register_layout
+from lorank.hosts import AdditiveHost, FusedHost, RowLayout, consecutive, fused_qkv, host_of, layout_of, register_layout
 from tests.models import VOCABULARY, disturb, ids
 
 POSITIONS = 6
@@ -255,7 +255,9 @@ def test_every_registered_layout_is_tried_here() -> None:
 def test_parts_divide_the_rows(probe: Probe) -> None:
     index = {part: probe.layout.index(part) for part in probe.layout.parts}
     assert torch.cat(list(index.values())).sort().values.tolist() == list(range(probe.rows))
-    host = FusedHost(host_of(probe.layer), probe.layout)
+    base = host_of(probe.layer)
+    assert isinstance(base, AdditiveHost)
+    host = FusedHost(base, probe.layout)
     for part, rows in index.items():
         assert torch.equal(host.matrix(probe.layer, part), probe.weight()[rows])
         assert torch.equal(host.whole(part, torch.ones(len(rows), 1)).flatten().nonzero().flatten(), rows)

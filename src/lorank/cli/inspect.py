@@ -79,7 +79,7 @@ def _row(layers: list[Any]) -> dict[str, Any]:
         "rank": first.rank,
         "alpha": f"{first.alpha:g}",
         "scale": f"{first.scale:g}",
-        "out x in": f"{first.shape[0]} x {first.shape[1]}",
+        "out x in": " x ".join(map(str, first.shape)),
         "dtype": first.dtype,
         "norm of ΔW": norm,
         "parameters": f"{sum(layer.parameters for layer in layers):,}",

@@ -25,10 +25,16 @@ class LayerUpdate:
 
     spec: LoRA
     factors: dict[str, tuple[Tensor, Tensor]]
+    specs: dict[str, LoRA] = field(default_factory=dict)  # of parts that differ from `spec`
     host: Host | None = None  # known when it was taken from a model
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the parameters, by part; known then too
     groups: int = 1  # of a convolution
     by_parts: bool = False  # the file says which parts these are; else they are the whole layer
+
+    def spec_of(self, part: str) -> LoRA:
+        """Return the spec of a part."""
+        return self.specs.get(part, self.spec)
+
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
 
@@ -83,6 +89,8 @@ def gather(model: nn.Module, name: str) -> Content:
                 update = content.updates.setdefault(layer_name, LayerUpdate(leaf.spec, {}, host=leaf.host))
                 update.groups = getattr(layer, "groups", 1) if isinstance(leaf.host, ConvHost) else 1
                 update.shapes[leaf.part] = tuple(leaf.host.own(layer, leaf.part).shape)
+                if leaf.spec != update.spec:
+                    update.specs[leaf.part] = leaf.spec
                 update.factors[leaf.part] = (_collected(leaf.A), _collected(leaf.B))
                 with suppress(NoHost):  # a weight that was sharded or parametrised since cannot be recognised later
                     W = leaf.host.matrix(layer, leaf.part)

@@ -12,7 +12,7 @@ from ..companions import BiasOffset, join, why_no_bias_offset
 from ..copies import copyable_parts, count, own_parameters, why_not_copyable
 from ..errors import AdapterError, did_you_mean, dtype_name, raise_problems
 from ..fingerprint import Comparison, compare, other_base
-from ..hosts import Host, NoHost
+from ..hosts import Host, NoHost, own_parameter
 from ..names import Names
 from ..planning import Place, Plan, name_problems
 from ..surgery import install, require_no_inference_mode
@@ -38,6 +38,7 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
     for layer_name, mirrored in [*mirrors(token_ties, parts, False).items(), *mirrors(tied, parts, True).items()]:
         parts.setdefault(layer_name, {}).update(mirrored)
     built: dict[str, nn.Module] = {layer: join(adapters) for layer, adapters in parts.items()}
+    problems += [f"{layer}: the file adapts it, and has a copy of it" for layer in built.keys() & copies.keys()]
     built.update(copies)
     for layer_name in built:
         reason = why_not_attachable(names.modules[layer_name])
@@ -105,6 +106,9 @@ def _fit_tokens(
             continue
         canonical = names.canonical[name]
         layer = names.modules[canonical]
+        if canonical not in found.rows:
+            problems.append(f"the file has rows of tokens for {name} and not for the layer whose weight it shares")
+            continue
         rows = TokenRows(names.host(canonical), layer, ids)
         if values.shape != rows.offset.shape or sorted(ids) != list(ids):
             problems.append(f"{name}: rows of tokens are {tuple(values.shape)} in the file, for {len(ids)} tokens")
@@ -131,7 +135,7 @@ def _fit_updates(
         problems += [f"{canonical} has no part {part}, which the file adapts" for part in update.factors.keys() - known]
         for part in (part for part in known if part in update.factors):
             A, B = update.factors[part]
-            place = Place(canonical, part, layer, host, update.spec, host.shape(layer, part))
+            place = Place(canonical, part, layer, host, update.spec_of(part), host.shape(layer, part))
             wrong = factor_problems(place, A, B)
             if host.weight(layer, part).device.type == "meta":
                 wrong.append(f"{place.label}: the model is on the meta device; load its weights first")
@@ -144,7 +148,8 @@ def _fit_updates(
                 filled.base, filled.other_base_allowed = update.fingerprints[part], allow_other_base
                 compared[place.label] = compare(filled.base, host.matrix(layer, part), host.dtype_name(layer, part))
     problems += other_base(compared, allow_other_base, content.remarks)
-    return places
+    order = {name: i for i, name in enumerate(names.modules)}
+    return sorted(places, key=lambda place: order[place.name])
 
 
 def _fit_biases(
@@ -165,7 +170,7 @@ def _fit_biases(
             problems.append(reason)
             continue
         offset = BiasOffset(module)
-        bias = module.get_parameter("bias").detach()
+        bias = own_parameter(module, "bias").detach()
         offset.offset.data.copy_(value.to(bias.device, offset.offset.dtype) - bias)
         parts.setdefault(canonical, {})["bias"] = offset
         biases[canonical] = module
@@ -237,7 +242,7 @@ def _bias_problem(name: str, module: nn.Module, value: Tensor) -> str | None:
     reason = why_no_bias_offset(module)
     if reason:
         return f"the file has a bias for {name}: {reason}"
-    bias = module.get_parameter("bias")
+    bias = own_parameter(module, "bias")
     if value.shape != bias.shape:
         return f"{name}.bias is {tuple(value.shape)} in the file, the model needs {tuple(bias.shape)}"
     return next(iter(_value_problems(f"{name}.bias", value, torch.promote_types(bias.dtype, torch.float32))), None)

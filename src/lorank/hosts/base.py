@@ -199,6 +199,13 @@ def plain_parameter(layer: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
+def own_parameter(layer: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter of the layer itself, which an attribute of an adapted layer may give with its update."""
+    parameter = layer._parameters[name]
+    assert parameter is not None, "asked for one that is there"
+    return parameter
+
+
 def host_of(layer: nn.Module) -> Host:
     """Return the host for a layer; raises NoHost with the reason when there is none."""
     host, own_class = registered_host(layer), _registered_class(type(layer))

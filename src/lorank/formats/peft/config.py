@@ -15,7 +15,7 @@ from ...planning import Bias
 from ...variants import LoRA
 from ..content import Content
 from ..pattern import Pattern
-from .layout import PARAMETERS, layout_of
+from .layout import PARAMETERS, PARTS, layout_of
 
 # Settings that change what the tensors mean, with the values that do not.
 _MEANINGFUL: dict[str, tuple[Any, ...]] = {
@@ -68,11 +68,19 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
     """Return the configuration with which PEFT computes what the adapter does."""
     spec = content.spec
     stacks = [name for name, update in content.updates.items() if layout_of(update).kind == PARAMETERS]
+    unknown = [name for name, update in content.updates.items() if layout_of(update).kind == PARTS]
     of_layer: dict[str, tuple[int, float]] = {}  # by the names that PEFT's patterns are matched with
     for name, update in content.updates.items():
-        chosen = parameters_of(content, [name]) if name in stacks else [name]
-        of_layer.update(dict.fromkeys(chosen, rank_alpha(update.spec, layout_of(update).blocks)))
-    of_layer.update({name: of_layer[tie.source] for name, tie in content.tied.items()})
+        if name in stacks:
+            of_layer |= {
+                full: rank_alpha(update.spec_of(part), 1)
+                for full, part in zip(parameters_of(content, [name]), update.factors, strict=True)
+            }
+        else:
+            of_layer[name] = rank_alpha(update.spec, layout_of(update).blocks)
+    for name, tie in content.tied.items():
+        source = content.updates[tie.source]
+        of_layer[name] = rank_alpha(source.spec, layout_of(source).blocks)
     rank, alpha = Counter(of_layer.values()).most_common(1)[0][0] if of_layer else (spec.rank, spec.alpha)
     config = getattr(model, "config", None)
     return {
@@ -102,7 +110,8 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
         "rank_pattern": {_exactly(n): r for n, (r, _) in sorted(of_layer.items()) if r != rank},
         "alpha_pattern": {_exactly(n): _number(a) for n, (_, a) in sorted(of_layer.items()) if a != alpha},
         "layers_to_transform": None,
-        "layers_pattern": None,
+        # PEFT refuses a file that has this alone. It would load the layers that it knows, and not these.
+        "layers_pattern": [f"{name}: only lorank reads this layer" for name in unknown] or None,
     }
 
 

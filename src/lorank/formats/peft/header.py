@@ -36,6 +36,7 @@ class LayerAccount:
     """What the header says of one layer."""
 
     spec: LoRA
+    specs: dict[str, LoRA]  # of parts that differ
     parts: list[str]  # ["weight"], or the parts in the order of their blocks
     layout: str  # of `layout.py`
     blocks: int  # times the rank that PEFT's pair has
@@ -64,6 +65,8 @@ def encode_header(content: Content, packed: bytes) -> dict[str, str]:
         layout = layout_of(update)
         stacks = {part: A.shape[0] for part, (A, _) in update.factors.items() if A.dim() == 3}
         layers[name] = {"spec": update.spec.to_json(), "parts": list(update.factors), "base": prints}
+        if update.specs:
+            layers[name]["specs"] = {part: spec.to_json() for part, spec in update.specs.items()}
         layers[name] |= {"layout": layout.kind, "blocks": layout.blocks, "stacks": stacks}
     account = {
         "version": _VERSION,
@@ -111,7 +114,8 @@ def _parse(account: dict[str, Any]) -> Account:
         layout = str(fields.get("layout", MATRIX if parts == ["weight"] else BLOCKS))
         blocks = int(fields.get("blocks", len(parts)))
         stacks = {str(part): int(number) for part, number in fields.get("stacks", {}).items()}
-        layers[name] = LayerAccount(_spec(fields["spec"]), parts, layout, blocks, stacks, prints)
+        specs = {str(part): _spec(spec) for part, spec in fields.get("specs", {}).items()}
+        layers[name] = LayerAccount(_spec(fields["spec"]), specs, parts, layout, blocks, stacks, prints)
     if account["bias"] not in BIAS.values():
         raise ValueError(f"bias is {account['bias']!r}")
     if not all(isinstance(name, str) for name in [*account["biases"], *account["copies"]]):
@@ -154,13 +158,15 @@ def apply_account(account: Account, content: Content, names: Names | None) -> No
         update = content.updates.get(name)
         if update is None:
             continue
-        rank, _ = rank_alpha(told.spec, told.blocks if told.layout == BLOCKS else 1)  # kernels were taken apart
-        if not math.isclose(update.spec.scale, told.spec.scale, rel_tol=1e-6) or rank != update.spec.rank:
-            problems.append(
-                f"{name}: rank and scale are {update.spec.rank} and {update.spec.scale:g} in adapter_config.json, "
-                f"{rank} and {told.spec.scale:g} in the tensors' own header; the two do not belong together"
-            )
-        update.spec = told.spec
+        for part in update.factors:
+            read, told_spec = update.spec_of(part), told.specs.get(part, told.spec)
+            rank, _ = rank_alpha(told_spec, told.blocks if told.layout == BLOCKS else 1)  # kernels were taken apart
+            if not math.isclose(read.scale, told_spec.scale, rel_tol=1e-6) or rank != read.rank:
+                problems.append(
+                    f"{name}: rank and scale are {read.rank} and {read.scale:g} in adapter_config.json, {rank} and "
+                    f"{told_spec.scale:g} in the tensors' own header; the two do not belong together"
+                )
+        update.spec, update.specs = told.spec, told.specs
         update.by_parts = True
         update.fingerprints = told.fingerprints
         if told.layout == BLOCKS and names is not None:

@@ -47,7 +47,7 @@ def layout_of(update: LayerUpdate) -> Layout:
         return Layout(BLOCKS, len(update.factors))
     if isinstance(host, ConvHost):
         return Layout(KERNEL, update.groups) if _fits_peft(update) else Layout(PARTS)
-    if host is PARAMETER and all(len(shape) < 4 for shape in update.shapes.values()):
+    if isinstance(host, type(PARAMETER)) and all(len(shape) < 4 for shape in update.shapes.values()):
         return Layout(PARAMETERS)
     if host is None or not host.additive or isinstance(host, ConvTransposeHost):
         return Layout(PARTS)
@@ -86,10 +86,10 @@ def _kernels(A: Tensor, B: Tensor, weight: tuple[int, ...], groups: int) -> Pair
 
 def read_kernels(A: Tensor, B: Tensor) -> Pair | str:
     """Return the factors of a convolution from its kernels A and B, or why they are none that its weight can hold."""
-    rank = B.shape[1]
-    groups, rest = divmod(A.shape[0], rank)
-    inner, uneven = divmod(A.shape[1], groups)
-    if rest or uneven or B.dim() != A.dim() or prod(B.shape[2:]) != 1:
+    rank = B.shape[1] if B.dim() == A.dim() else 0
+    groups, rest = divmod(A.shape[0], max(rank, 1))
+    inner, uneven = divmod(A.shape[1], max(groups, 1))
+    if not rank or not groups or rest or uneven or prod(B.shape[2:]) != 1:
         return f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of kernels"
     blocks = A.unflatten(0, (groups, rank)).unflatten(2, (groups, inner))  # (groups, rank, groups, inner, *kernel)
     own = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # of each group for itself: (groups, rank, inner, *kernel)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import enumerate_names
+from ...hosts import own_parameter
 from ...names import Names, lies_in
 from ..content import Content, LayerUpdate
 from .config import BIAS, alphas_of, ranks_of, spec_of
@@ -44,8 +45,10 @@ def encode_tensors(content: Content) -> dict[str, Tensor]:
         tensors[_key(name, kinds[0])], tensors[_key(name, kinds[1])] = down.clone(), up.clone()
     for name, (_, rows) in content.tokens.items():
         tensors[_key(name, _ROWS)] = rows
+    wrapped = content.updates.keys() | content.tied.keys()
     for name, value in content.biases.items():
-        tensors[_key(name, "base_layer.bias" if name in content.updates else "bias")] = value
+        owner = "base_layer." if name in wrapped else "token_adapter.base_layer." if name in content.tokens else ""
+        tensors[_key(name, f"{owner}bias")] = value
     for name, copy in content.copies.items():
         # safetensors refuses shared memory; what is tied inside a copy is written out twice
         tensors.update({_key(name, key): tensor.clone() for key, tensor in copy.items()})
@@ -158,7 +161,7 @@ def _places(
     else:
         for name, parameters in _target_parameters(config, names, problems).items():
             for path, part in zip(_nested(name, len(parameters)), parameters, strict=True):
-                weight = names.modules[name].get_parameter(part)
+                weight = own_parameter(names.modules[name], part)
                 found[path] = _Place(path, name, part, True, weight.shape[0] if weight.dim() == 3 else 0)
         problems += [f"{path}: the file lacks its factors" for path in found if path not in factors]
     return [found.get(path) or _Place(path, path) for path in factors]
@@ -216,6 +219,8 @@ def _decode_place(
             spec, rank=spec.rank // blocks, alpha=spec.alpha / (blocks**0.5 if spec.rank_stabilised else blocks)
         )
     update = content.updates.setdefault(place.layer, LayerUpdate(spec, {}, by_parts=place.parameter))
+    if spec != update.spec:
+        update.specs[place.part] = spec
     update.factors[place.part] = read
 
 
@@ -273,7 +278,7 @@ def _plain_path(path: str, names: Names) -> str:
     """Return a tensor's path without the names of PEFT's wrappers, unless the model has modules called so."""
     if path.rpartition(".")[0] in names.modules:
         return path
-    return re.sub(r"(^|\.)modules_to_save\.(?:default\.)?", r"\1", path).replace(".base_layer.", ".")
+    return re.sub(r"(^|\.)modules_to_save\.(?:default\.)?", r"\1", path).replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
 
 
 def _modules_to_save(entries: list[str], rest: Mapping[str, Tensor], names: Names) -> list[str]:

@@ -1,0 +1,37 @@
+"""What tests of several hosts check with."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorank
+from lorank import LoRA
+
+from .. import models
+
+
+def adapt(model: nn.Module, targets: Any, **options: Any) -> lorank.Plan:
+    """Adapt a model with an adapter that has an effect, of the size of the weights."""
+    plan = lorank.adapt(model, LoRA(rank=2, alpha=2, **options), targets)
+    models.disturb(model, size=0.5)
+    return plan
+
+
+def assert_near(found: Any, expected: Any) -> None:
+    """Check that float64 numbers agree up to their rounding."""
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Return a list that grows with every call of a function of PyTorch."""
+    calls: list[str] = []
+    original = getattr(torch, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, name, call)
+    return calls
