@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_both_directions_of_gradient_reach_the_shared_factors() -> None:
     lorank.adapt(model, LoRA(rank=2), "head", tie=True)
     disturb(model)
     W = model.embed.weight.detach().clone().requires_grad_()
-    lora = model.embed.adapters["default"]  # pyright: ignore
+    lora: Any = model.embed.adapters["default"]  # pyright: ignore
     A, B = (factor.detach().clone().requires_grad_() for factor in (lora.A, lora.B))
     delta = lora.scale * (B @ A).T
     weights = {**Plain(tied=True).state_dict(), "embed.weight": W + delta, "head.weight": W + delta}
@@ -168,7 +169,7 @@ def test_only_the_rows_of_new_tokens_train(model: nn.Module, tmp_path: Path) -> 
     before, bits = logits(model, x), {name: p.clone() for name, p in model.named_parameters()}
     embedding, _ = targets_of(model)
     targets = {"plain": ["up"], "llama": ["q_proj"], "gpt2": ["c_attn"], "bert": ["query"]}
-    kind = "plain" if isinstance(model, Plain) else model.config.model_type  # pyright: ignore
+    kind = "plain" if isinstance(model, Plain) else str(model.config.model_type)  # pyright: ignore
     plan = lorank.adapt(model, LoRA(rank=2), targets[kind], train_tokens={embedding: new})
     rows = model.get_submodule(embedding).weight.shape[1] * 2  # pyright: ignore
     assert plan.tokens == {embedding: (90, 95)}

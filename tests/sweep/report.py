@@ -12,9 +12,10 @@ from .procedure import IN_FLOAT64, NEEDS_INPUT_GRADIENTS, ROUNDING_SHOWS, Result
 _INTRODUCTION = """# Architectures
 
 A tiny model of every family that can be built here, from a small configuration and with random weights, goes through
-the same steps: `adapt` with "all-linear" and `tie=True`, two training steps with `check` after each, `merged` and `merge`
-against the unmerged outputs, `save` and `load` into a model built anew, `remove`. *Works* means that every one of them did
-what it promises: merged outputs within {tolerance:g} of the unmerged ones, loaded ones within 1e-5, an adapter with an effect.
+the same steps: `adapt` with "all-linear" and `tie=True`, two training steps with `check` after each, `merged` and
+`merge` against the unmerged outputs, `save` and `load` into a model built anew, `remove`. *Works* means that every one
+of them did what it promises: merged outputs within {tolerance:g} of the unmerged ones, loaded ones within 1e-5, an
+adapter with an effect.
 """
 
 _KEY = """
