@@ -199,8 +199,8 @@ def _no_longer_tied(job: _Job, ties: Ties, layers: Mapping[str, Adapted]) -> lis
     own = {id(update) for updates in job.updates.values() for update in updates}
     sharing = {other.rpartition(".")[0] for weight in job.weights() for other in ties.others(job.layer, weight)}
     return [
-        f"{name} has the update of {job.name}, and no longer its weight, as after `to_empty` or loading with assign=True; "
-        "tie them again"
+        f"{name} has the update of {job.name}, and no longer its weight, as after `to_empty` or loading with "
+        "assign=True; tie them again"
         for name, layer in layers.items()
         if name not in sharing and any(isinstance(leaf, Mirror) and id(leaf.source) in own for leaf in leaves_of(layer))
     ]

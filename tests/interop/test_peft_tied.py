@@ -48,19 +48,20 @@ def test_trained_tokens_go_both_ways(tied: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(output(again, x), output(theirs, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["attention", "lstm", "transposed", "bilinear", "depthwise"])
+@pytest.mark.parametrize("target", ["attention", "out_proj", "linear1", "lstm", "transposed", "bilinear", "depthwise"])
 def test_peft_refuses_what_only_lorank_reads(target: str, tmp_path: Path) -> None:
     model = torch.nn.ModuleDict(
         {
             "plain": torch.nn.Linear(8, 8),
             "attention": torch.nn.MultiheadAttention(8, 2),
+            "encoder": torch.nn.TransformerEncoderLayer(8, 2, 16),
             "lstm": torch.nn.LSTM(8, 8),
             "transposed": torch.nn.ConvTranspose1d(8, 8, 3),
             "bilinear": torch.nn.Bilinear(8, 8, 8),
             "depthwise": torch.nn.Conv2d(2048, 2048, 3, groups=2048),
         }
     )
-    lorank.adapt(model, LoRA(rank=2), ["plain", f"{target}[q,v]" if target == "attention" else target])
+    lorank.adapt(model, LoRA(rank=2), ["plain", "attention[q,v]" if target == "attention" else target])
     lorank.save(model, tmp_path)
     with pytest.raises(ValueError, match="layers_pattern"):
         peft.PeftModel.from_pretrained(model, str(tmp_path))  # pyright: ignore[reportArgumentType]

@@ -68,7 +68,11 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
     """Return the configuration with which PEFT computes what the adapter does."""
     spec = content.spec
     stacks = [name for name, update in content.updates.items() if layout_of(update).kind == PARAMETERS]
-    unknown = [name for name, update in content.updates.items() if layout_of(update).kind == PARTS]
+    unknown = [
+        name
+        for name, update in content.updates.items()
+        if layout_of(update).kind == PARTS or _read_by_pytorch(name, model)
+    ]
     of_layer: dict[str, tuple[int, float]] = {}  # by the names that PEFT's patterns are matched with
     for name, update in content.updates.items():
         if name in stacks:
@@ -113,6 +117,12 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
         # PEFT refuses a file that has this alone. It would load the layers that it knows, and not these.
         "layers_pattern": [f"{name}: only lorank reads this layer" for name in unknown] or None,
     }
+
+
+def _read_by_pytorch(name: str, model: nn.Module) -> bool:
+    """Tell whether PyTorch reads a layer's weight without calling it: an adapter of PEFT has no effect there."""
+    above = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(above, nn.MultiheadAttention | nn.TransformerEncoderLayer)
 
 
 def parameters_of(content: Content, names: Iterable[str]) -> list[str]:

@@ -278,7 +278,8 @@ def _plain_path(path: str, names: Names) -> str:
     """Return a tensor's path without the names of PEFT's wrappers, unless the model has modules called so."""
     if path.rpartition(".")[0] in names.modules:
         return path
-    return re.sub(r"(^|\.)modules_to_save\.(?:default\.)?", r"\1", path).replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+    plain = re.sub(r"(^|\.)modules_to_save\.(?:default\.)?", r"\1", path)
+    return plain.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
 
 
 def _modules_to_save(entries: list[str], rest: Mapping[str, Tensor], names: Names) -> list[str]:
