@@ -176,7 +176,11 @@ def _select_by_name(target: str, names: Names, selection: Selection) -> None:
         else:
             refused.setdefault(reason, []).append(name)
     for reason, layers in refused.items():
-        inside = [n.rpartition(".")[2] for n in names.modules if lies_in(n, layers[:1]) and has_host(names.modules[n])]
+        inside = [
+            n.rpartition(".")[2]
+            for n in names.modules
+            if lies_in(n, layers[:1]) and n != layers[0] and has_host(names.modules[n])
+        ]
         hint = f"; layers in it: {enumerate_names(dict.fromkeys(inside))}" if inside else ""
         selection.problems.append(
             f"target '{target}' selects {enumerate_names(layers, 3)}, which cannot be adapted: {reason}{hint}"
