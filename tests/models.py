@@ -85,6 +85,20 @@ def llama(**changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
 
 
+# What most decoders of transformers call their sizes.
+SMALL_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 _ENCODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

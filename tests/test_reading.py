@@ -16,6 +16,7 @@ from lorank.names import Names
 from lorank.reading import weights_read
 
 from . import models
+from .hosts.checking import check_layer
 from .sources import Decorated, HandsOn, Inherits, Mixed, OnlyAsks, Reads, Renames, Source, multiply
 
 
@@ -118,19 +119,6 @@ def test_a_layer_is_read_under_any_of_its_names() -> None:
     assert Names(model).read_without_call("0") == {"weight"}
 
 
-def check_effect(model: nn.Module, target: str, run: Callable[[nn.Module], Tensor]) -> None:
-    """Check that an adapter trains, has its effect, and computes what it does when it is merged."""
-    lorank.adapt(model, LoRA(rank=2), target)
-    models.disturb(model, size=1.0)
-    y = run(model)
-    y.square().sum().backward()
-    lorank.check(model, moved=True)
-    with lorank.disabled(model):
-        assert not torch.allclose(run(model), y, atol=1e-3)
-    lorank.merge(model)
-    torch.testing.assert_close(run(model), y, rtol=1e-4, atol=1e-4)
-
-
 class Tied(nn.Module):
     """A model that multiplies with its embedding as its head, in one of many ways."""
 
@@ -167,7 +155,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("way", ["plain", "aliased", "by_property", "handed_on"])
 def test_an_embedding_that_is_the_head_too_is_adapted_in_both_places(way: str) -> None:
     x = models.ids()
-    check_effect(Tied(way), "embed", lambda model: model(x))
+    check_layer(Tied(way), "embed", lambda model: model(x), size=1.0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution", "transposed", "conv1d"])
@@ -191,7 +179,7 @@ def test_a_layer_that_is_called_and_read_adds_its_update_once_in_each_place(kind
     for shape in [(6,), (3, 6)]:
         if kind in ("linear", "conv1d") or len(shape) == 2:
             x = torch.randn(shape)
-            check_effect(Both(), "layer", lambda model, x=x: model(x))
+            check_layer(Both(), "layer", lambda model, x=x: model(x), size=1.0)
 
 
 @pytest.mark.parametrize("name", ["linear", "embed", "transposed"])
@@ -210,7 +198,7 @@ def test_a_layer_that_is_read_may_be_called_by_keyword(name: str) -> None:
             return x @ matrix @ self.embed.weight.T
 
     x = models.ids()
-    check_effect(Keywords(), name, lambda model: model(x))
+    check_layer(Keywords(), name, lambda model: model(x), size=1.0)
 
 
 def test_mamba_multiplies_with_a_weight_and_an_adapter_of_it_trains() -> None:
@@ -245,4 +233,4 @@ def test_debertas_head_is_given_the_embedding_and_multiplies_with_it() -> None:
         legacy=False,
     )
     x = models.ids()
-    check_effect(DebertaV2ForMaskedLM(config).eval(), "word_embeddings", lambda model: model(x).logits)
+    check_layer(DebertaV2ForMaskedLM(config).eval(), "word_embeddings", lambda model: model(x).logits, size=1.0)

@@ -1,5 +1,6 @@
 """What tests of several hosts check with."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,3 +36,24 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
 
     monkeypatch.setattr(torch, name, call)
     return calls
+
+
+def check_layer(
+    model: nn.Module,
+    targets: Any,
+    run: Callable[[nn.Module], torch.Tensor],
+    rank: int = 2,
+    size: float = 0.5,
+    **options: Any,
+) -> lorank.Plan:
+    """Check that an adapter has an effect, that all of it trains, and that it computes the same when it is merged."""
+    plan = lorank.adapt(model, LoRA(rank=rank, alpha=rank), targets, **options)
+    models.disturb(model, size=size)
+    y = run(model)
+    y.square().sum().backward()
+    lorank.check(model, moved=True)
+    with lorank.disabled(model):
+        assert not torch.allclose(run(model), y, atol=1e-3)
+    lorank.merge(model)
+    torch.testing.assert_close(run(model), y, rtol=1e-4, atol=1e-4)
+    return plan

@@ -24,17 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted:RuntimeWarning"),
 ]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": models.VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = models.SMALL_DECODER
 FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DBRX: dict[str, Any] = {
     "d_model": 32,

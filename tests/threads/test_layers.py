@@ -15,22 +15,9 @@ import lorank
 from lorank import AdapterError, LoRA
 
 from .. import models
+from ..hosts.checking import check_layer
 
 Run = Callable[[nn.Module], Tensor]
-
-
-def check_layer(model: nn.Module, targets: Any, run: Run, rank: int = 2, **options: Any) -> lorank.Plan:
-    """Check that an adapter has an effect, that all of it trains, and that it computes the same when it is merged."""
-    plan = lorank.adapt(model, LoRA(rank=rank, alpha=rank), targets, **options)
-    models.disturb(model, size=0.5)
-    y = run(model)
-    y.square().sum().backward()
-    lorank.check(model, moved=True)
-    with lorank.disabled(model):
-        assert not torch.allclose(run(model), y, atol=1e-3)
-    lorank.merge(model)
-    torch.testing.assert_close(run(model), y, rtol=1e-4, atol=1e-4)
-    return plan
 
 
 def convolution(dimensions: int, *args: Any, **options: Any) -> tuple[nn.Module, Run]:
@@ -173,17 +160,7 @@ def test_helical_405_all_linear_leaves_nothing_of_an_encoder_out() -> None:
     lorank.check(model)
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": models.VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = models.SMALL_DECODER
 QWEN = {"num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8, "num_experts_per_tok": 2}
 NEMOTRON = {
     "layers_block_type": ["attention", "moe"],
