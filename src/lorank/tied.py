@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .errors import AdapterError
 from .hosts import Host, NoHost
 from .names import Names
 from .ties import Ties
@@ -66,12 +67,19 @@ def mirrors(
     """Return the mirrors of the updates in `parts`, {layer: {part: adapter}}, for the layers that are tied.
 
     whole: of all updates; otherwise of rows of tokens alone.
+
+    Raises AdapterError for a method that cannot be mirrored.
     """
     found: dict[str, dict[str, Adapter]] = {}
     for name, (host, tie) in tied.items():
         for part in (WEIGHT, TOKENS) if whole else (TOKENS,):
             source = parts.get(tie.source, {}).get(part)
             if isinstance(source, Update):
+                if tie.transposed and type(source).run_mirrored is Update.run_mirrored:
+                    raise AdapterError(
+                        f"cannot adapt: {name} has the weight of {tie.source} transposed, and "
+                        f"{type(source).__name__} has no form for that (run_mirrored); leave out tie=True"
+                    )
                 found.setdefault(name, {})[part] = Mirror(source, host, tie)
     return found
 

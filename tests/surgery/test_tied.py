@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lorank
 from lorank import AdapterError, AdapterWarning, LoRA
+from lorank.variants import LoRAAdapter, Update
 
 from .. import models
 from ..models import Plain, disturb, ids
@@ -148,6 +149,14 @@ def test_layers_of_one_kind_that_share_a_weight() -> None:
     lorank.merge(model)
     torch.testing.assert_close(model(x), y)
     assert model[2].weight is model[0].weight
+
+
+def test_a_method_that_cannot_be_mirrored_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoRAAdapter, "run_mirrored", Update.run_mirrored)
+    model = Plain(tied=True)
+    with pytest.raises(AdapterError, match=r"head has the weight of embed transposed, and LoRAAdapter has no form"):
+        lorank.adapt(model, LoRA(rank=2), "head", tie=True)
+    assert not lorank.adapter_names(model)
 
 
 def test_a_state_dict_goes_round(model: nn.Module) -> None:
