@@ -1,6 +1,7 @@
 """What an adapter file holds, measured without its base."""
 
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import dtype_name, enumerate_names
+from .errors import AdapterError, dtype_name, enumerate_names
 from .formats import read
 from .formats.content import LayerUpdate
 
@@ -20,12 +21,13 @@ class Layer:
     """One adapted matrix, or stack of matrices; parts of a fused projection count as one."""
 
     name: str
+    method: str
     rank: int
-    alpha: float
+    alpha: float | None  # of methods that have one
     scale: float
-    shape: tuple[int, ...]  # (out, in), or (number, out, in) of a stack
+    shape: tuple[int, ...] | None  # (out, in), or (number, out, in) of a stack; None where the tensors do not tell it
     dtype: str
-    norm: float  # Frobenius norm of ΔW
+    norm: float | None  # Frobenius norm of ΔW; None where that depends on the base
     parameters: int
 
 
@@ -53,7 +55,8 @@ class Examination:
         """Return the layers in groups of those that differ in the numbers of their names and their values only."""
         found: dict[tuple, list[Layer]] = {}
         for layer in self.layers:
-            key = (re.sub(r"\b\d+\b", "*", layer.name), layer.rank, layer.alpha, layer.shape, layer.dtype)
+            alike = (layer.method, layer.rank, layer.alpha, layer.shape, layer.dtype)
+            key = (re.sub(r"\b\d+\b", "*", layer.name), *alike)
             found.setdefault(key, []).append(layer)
         return list(found.values())
 
@@ -63,12 +66,12 @@ def examine(path: Path, *, allow_pickle: bool = False) -> Examination:
     content = read(path, allow_pickle=allow_pickle)
     problems, remarks = list(content.problems), list(content.remarks)
     ordered = sorted(content.updates.items(), key=_by_number)
-    layers = [_layer(name, part, update) for name, update in ordered for part in update.factors]
+    layers = [_layer(name, part, update) for name, update in ordered for part in update.tensors]
     tensors = {
-        f"{_label(name, part)}: {factor}": tensor
+        f"{_label(name, part)}: {key}": tensor
         for name, update in content.updates.items()
-        for part, pair in update.factors.items()
-        for factor, tensor in zip(("A", "B"), pair, strict=True)
+        for part, named in update.tensors.items()
+        for key, tensor in named.items()
     }
     others = {f"{name}.bias": bias for name, bias in content.biases.items()}
     others |= {f"{copy}.{key}": tensor for copy, found in content.copies.items() for key, tensor in found.items()}
@@ -116,16 +119,21 @@ def _label(name: str, part: str) -> str:
 
 
 def _layer(name: str, part: str, update: LayerUpdate) -> Layer:
-    A, B = update.factors[part]
+    spec, tensors = update.spec_of(part), update.tensors[part]
+    shape, norm = update.matrices.get(part), None
+    with suppress(AdapterError):  # it has no factors apart from its base
+        A, B = update.pair(part)
+        shape, norm = (*B.shape[:-1], A.shape[-1]), _norm(A, B, spec.scale)
     return Layer(
         name=_label(name, part),
-        rank=A.shape[-2],
-        alpha=update.spec_of(part).alpha,
-        scale=update.spec_of(part).scale,
-        shape=(*B.shape[:-1], A.shape[-1]),
-        dtype=dtype_name(A.dtype),
-        norm=_norm(A, B, update.spec_of(part).scale),
-        parameters=A.numel() + B.numel(),
+        method=spec.variant,
+        rank=spec.rank,
+        alpha=getattr(spec, "alpha", None),
+        scale=spec.scale,
+        shape=shape,
+        dtype=dtype_name(next(iter(tensors.values())).dtype),
+        norm=norm,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
     )
 
 

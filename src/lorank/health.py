@@ -8,7 +8,7 @@ from .idle import idle_experts, is_idle
 from .surgery import adapter_parameters, named_or_active
 from .tokens import TokenRows
 from .tree import active_adapters, adapter_names, base_modules, entries, unwrapped
-from .variants import Adapter, LoRAAdapter
+from .variants import Adapter, LoRAAdapter, Update
 
 
 def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> list[str]:
@@ -41,13 +41,16 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
                 if isinstance(leaf, TokenRows) and _saw_no_token(leaf):
                     idle.add(id(leaf.offset))
                     remarks.append(f"{layer_name}: none of the {len(leaf.tokens)} trained tokens occurred")
-                if isinstance(leaf, LoRAAdapter):
-                    if leaf.spec.dropout and not leaf.training:
-                        dropout[adapter] = leaf.spec.dropout
-                    if moved and not (leaf.A.detach().any() and leaf.B.detach().any()):
+                if isinstance(leaf, Update) and not isinstance(leaf, TokenRows):
+                    probability = getattr(leaf.spec, "dropout", 0.0)
+                    if probability and not leaf.training:
+                        dropout[adapter] = probability
+                    groups = [[leaf._parameters[key] for key in group] for group in leaf.partners]
+                    together = [[p for p in group if p is not None] for group in groups]
+                    if moved and not all(p.detach().any() for group in together for p in group):
                         unmoved.append(layer_name)
                     if not moved:
-                        idle |= {id(a) for a, b in ((leaf.A, leaf.B), (leaf.B, leaf.A)) if _has_gradient(b)}
+                        idle |= {id(p) for group in together if any(map(_has_gradient, group)) for p in group}
                     remarks += _unseen_tokens(layer_name, leaf) + _idle_of_stack(layer_name, leaf)
     remarks += [f"'{a}': dropout {p} has no effect in eval mode; model.train() turns it on" for a, p in dropout.items()]
     experts = idle_experts({key for key, p in parameters.items() if not _has_gradient(p)}, parameters)
@@ -130,8 +133,8 @@ def _has_gradient(parameter: Tensor) -> bool:
     return parameter.grad is not None and bool(parameter.grad.any())
 
 
-def _unseen_tokens(layer_name: str, leaf: LoRAAdapter) -> list[str]:
-    if not leaf.host.lookup or leaf.A.grad is None or not leaf.B.detach().any():
+def _unseen_tokens(layer_name: str, leaf: Update) -> list[str]:
+    if not isinstance(leaf, LoRAAdapter) or not leaf.host.lookup or leaf.A.grad is None or not leaf.B.detach().any():
         return []
     unseen = int((leaf.A.grad == 0).all(dim=0).sum())
     return [f"{layer_name}: {unseen:,} of {leaf.A.shape[1]:,} tokens got no gradient"] if unseen else []
@@ -143,9 +146,9 @@ def _saw_no_token(leaf: TokenRows) -> bool:
     return leaf.host.lookup and gradient is not None and not gradient.any()
 
 
-def _idle_of_stack(layer_name: str, leaf: LoRAAdapter) -> list[str]:
+def _idle_of_stack(layer_name: str, leaf: Update) -> list[str]:
     """Return a remark for the experts of a stack of matrices that got no gradient."""
-    gradients = [factor.grad for factor in (leaf.A, leaf.B) if factor.dim() == 3 and factor.grad is not None]
+    gradients = [factor.grad for factor in leaf.parameters() if factor.dim() == 3 and factor.grad is not None]
     if not gradients:
         return []
     busy = torch.stack([gradient.flatten(1).any(dim=1) for gradient in gradients]).any(dim=0)

@@ -30,7 +30,7 @@ from .tree import (
     unwrapped,
     updates_of,
 )
-from .variants import Adapter, LoRAAdapter, Update
+from .variants import Adapter, Update
 
 
 @dataclass(frozen=True)
@@ -305,10 +305,9 @@ def _overflows(job: _Job) -> list[str]:
         if job.quantised is not None:
             W = W.to(job.quantised.unpacked_dtype(job.layer) or job.dtype)
         limit = torch.finfo(W.dtype).max
-        # |ΔW| <= |scale| · rank · max|A| · max|B|: cheap, and enough for all but the odd float16 layer.
-        factors = [u for u in updates if isinstance(u, LoRAAdapter)]
-        bound = sum(abs(u.scale) * u.A.shape[-2] * float(u.A.abs().max() * u.B.abs().max()) for u in factors)
-        if len(factors) == len(updates) and float(W.abs().max()) + bound < limit:
+        bounds = [update.largest_change() for update in updates]
+        known = [bound for bound in bounds if bound is not None]
+        if len(known) == len(bounds) and float(W.abs().max()) + sum(known) < limit:
             continue
         if not torch.isfinite((wide(W) + _delta(job, part)).to(W.dtype)).all():
             problems.append(

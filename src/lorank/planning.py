@@ -91,8 +91,7 @@ class Plan:
             rows[key] = ([*names, what], total + parameters)
 
         for place in self.places:
-            scale = f"rank {place.spec.rank}, alpha {place.spec.alpha:g}"
-            add(place.label, place.layer, " x ".join(map(str, place.shape)), scale, place.parameters)
+            add(place.label, place.layer, " x ".join(map(str, place.shape)), str(place.spec), place.parameters)
         for name, module in self.copies.items():
             add(name, module, "", "trained whole, as a copy", count(own_parameters(module)))
         for name, module in self.biases.items():
@@ -201,6 +200,7 @@ def plan(
         reason = why_not_attachable(names.modules[layer_name])
         if reason:
             problems.append(f"{layer_name}: {reason}")
+    places = _settled(places, problems)
     raise_problems("cannot adapt", list(dict.fromkeys(problems)))
     return Plan(
         adapter=name,
@@ -216,6 +216,16 @@ def plan(
         tokens=tokens.rows,
         token_layers={layer_name: names.modules[layer_name] for layer_name in tokens.rows},
     )
+
+
+def _settled(places: Sequence[Place], problems: list[str]) -> list[Place]:
+    """Return the places with specs that know of all the matrices, and note for which their method makes no sense."""
+    for place in places:
+        reason = place.spec.why_not(place.host, place.layer, place.part)
+        if reason:
+            problems.append(f"{place.label}: {reason}")
+    shapes = [place.shape for place in places]
+    return [dataclasses.replace(place, spec=place.spec.settled(shapes)) for place in places]
 
 
 def warn(plan: Plan, stacklevel: int = 3) -> None:

@@ -15,9 +15,8 @@ from .checkpoints import Checkpoint, Slot, appearing_whole, copy_companions, wri
 from .errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
 from .fingerprint import Comparison, compare, other_base
 from .formats.content import Content, LayerUpdate
-from .formats.fitting import factor_problems, located
+from .formats.fitting import filled, located, tensor_problems
 from .hosts import Host
-from .lowrank import delta
 from .merge_report import MergeReport, MergeRow, measured, warn_of_losses, wide
 from .merging import fold
 from .names import Names
@@ -182,10 +181,9 @@ def _find_updates(job: _Job, content: Content, places: _Places) -> list[str]:
     problems: list[str] = []
     for name, host, update in located(content, places.names, problems):
         layer = places.names.modules[name]
-        for part, (A, B) in update.factors.items():
-            problems += factor_problems(
-                Place(name, part, layer, host, update.spec_of(part), host.shape(layer, part)), A, B
-            )
+        for part, tensors in update.tensors.items():
+            place = Place(name, part, layer, host, update.spec_of(part), host.shape(layer, part))
+            problems += tensor_problems(place, tensors)
             tied = {other for other, tie in content.tied.items() if places.names.canonical.get(tie.source) == name}
             others = [
                 o for o in places.ties.others(layer, host.weight(layer, part)) if o.rpartition(".")[0] not in tied
@@ -328,10 +326,13 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
                 )
         if not allow_other_base and any(not found.same for found in job.compared.values()):
             raise_problems("cannot merge", other_base(job.compared, False, []))
+        deltas = {}
+        for part in change.parts:
+            place = Place(name, part, layer, host, update.spec_of(part), host.shape(layer, part))
+            deltas[part] = filled(place, update.tensors[part]).delta_weight(layer)
         layer._parameters[attribute] = nn.Parameter(tensor.to(slot.dtype, copy=True), requires_grad=False)
         for part in change.parts:
-            A, B = update.factors[part]
-            job.rows.append(fold(name, layer, host, part, before[part], delta(A, B, update.spec_of(part).scale)))
+            job.rows.append(fold(name, layer, host, part, before[part], deltas[part]))
         weight = layer._parameters[attribute]
         assert weight is not None
         return _finite(weight.detach(), slot.name)

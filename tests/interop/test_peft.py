@@ -162,7 +162,10 @@ def test_rank_and_alpha_patterns_go_both_ways(tmp_path: Path) -> None:
     theirs.save_pretrained(str(tmp_path / "theirs"))
     plan = lorank.load(base, tmp_path / "theirs")
     torch.testing.assert_close(output(base, x), output(theirs, x), rtol=1e-5, atol=1e-5)
-    ranks = {place.name.removeprefix("model.layers."): (place.spec.rank, place.spec.alpha) for place in plan.places}
+    ranks = {
+        place.name.removeprefix("model.layers."): (place.spec.rank, getattr(place.spec, "alpha", 0))
+        for place in plan.places
+    }
     assert ranks["0.self_attn.q_proj"] == (3, 8)
     assert ranks["0.self_attn.v_proj"] == (2, 1)
     assert ranks["1.self_attn.v_proj"] == (2, 8)

@@ -37,6 +37,8 @@ def inspect(
 
     def show() -> None:
         rows = [_row([layer]) for layer in found.layers] if all_layers else [_row(g) for g in found.groups()]
+        if all(layer.method == "lora" for layer in found.layers):
+            rows = [{key: value for key, value in row.items() if key != "method"} for row in rows]
         if rows:
             table(rows, numbers=("layers", "rank", "alpha", "scale", "norm of ΔW", "parameters"))
         for kind, tensors in (("trained whole", found.copies), ("bias", found.biases)):
@@ -69,18 +71,19 @@ def _row(layers: list[Any]) -> dict[str, Any]:
     """Return one line for layers that differ in nothing but their number."""
     from ..planning import joined
 
-    norms = [layer.norm for layer in layers]
-    low, high = min(norms), max(norms)
+    norms = [layer.norm for layer in layers if layer.norm is not None]
+    low, high = min(norms, default=0.0), max(norms, default=0.0)
     norm = number(low) if low == high else f"{number(low)} to {number(high)}"
     first = layers[0]
     return {
         "layer": joined([layer.name for layer in layers]),
         "layers": len(layers),
+        "method": first.method,
         "rank": first.rank,
-        "alpha": f"{first.alpha:g}",
+        "alpha": "" if first.alpha is None else f"{first.alpha:g}",
         "scale": f"{first.scale:g}",
-        "out x in": " x ".join(map(str, first.shape)),
+        "out x in": " x ".join(map(str, first.shape or ("?",))),
         "dtype": first.dtype,
-        "norm of ΔW": norm,
+        "norm of ΔW": norm if norms else "depends on the base",
         "parameters": f"{sum(layer.parameters for layer in layers):,}",
     }

@@ -6,18 +6,19 @@ Importing the folder makes every module in it known that has them; they are trie
 import importlib
 import os
 import pkgutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
-from ..errors import AdapterError, enumerate_names
+from ..errors import AdapterError, AdapterWarning, enumerate_names
 from ..names import Names
 from ..planning import Plan, warn
 from ..surgery import only_adapter, require_name
 from ..tree import require_not_folded, unwrapped
-from .content import Content, LayerUpdate, gather
+from .content import Content, Given, LayerUpdate, gather
 from .fitting import fit
 
 
@@ -28,12 +29,15 @@ class Format(Protocol):
         """Tell whether a path is an adapter in this format, by its content."""
         ...
 
-    def read(self, path: Path, names: Names | None, allow_pickle: bool) -> Content:
-        """Read an adapter for a model with these module names, or for none; open a pickle only if that is allowed."""
+    def read(self, path: Path, names: Names | None, given: Given) -> Content:
+        """Read an adapter for a model with these module names, or for none."""
         ...
 
-    def write(self, content: Content, path: Path, model: nn.Module) -> None:
-        """Write an adapter of a model."""
+    def write(self, content: Content, path: Path, model: nn.Module | None) -> list[str]:
+        """Write an adapter, of a model where it is known; return what the file says in another way than the adapter.
+
+        Raises AdapterError, which lists all that the format cannot hold, before anything is written.
+        """
         ...
 
 
@@ -44,7 +48,7 @@ for _found in pkgutil.iter_modules(__path__):
     if hasattr(_module, "detect"):
         FORMATS[_found.name] = _module
 
-__all__ = ["FORMATS", "Content", "Format", "LayerUpdate", "load", "read", "save"]
+__all__ = ["FORMATS", "Content", "Format", "Given", "LayerUpdate", "load", "read", "save"]
 
 
 def save(
@@ -55,7 +59,10 @@ def save(
     format: str = "peft",
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter into the directory `path`, in PEFT's layout.
+    """Write an adapter in a file format: by default PEFT's, of which `path` is a directory.
+
+    format: one of `lorank.formats.FORMATS`. Warns of what had to be written in another way, such as scales that were
+        folded into B because the format has one for all layers.
 
     An adapter that is there already is replaced in one step, other files stay; a failure leaves the old ones
     whole. The bytes depend on the adapter and its base alone. Without a name it is the only adapter, or
@@ -70,11 +77,10 @@ def save(
         raise AdapterError(f"cannot save: unknown format '{format}'; known are {', '.join(FORMATS)}")
     chosen = require_name(model, name, "save") if name is not None else only_adapter(model, "save")
     target = _path(path)
-    if target.exists() and not target.is_dir():
-        raise AdapterError(f"cannot save: {target} is a file; an adapter is a directory")
     content = gather(model, chosen)
     content.about = dict(about or {})
-    FORMATS[format].write(content, target, model)
+    for note in FORMATS[format].write(content, target, model):
+        warnings.warn(f"{target}: {note}", AdapterWarning, stacklevel=2)
 
 
 def load(
@@ -85,15 +91,20 @@ def load(
     activate: bool = True,
     allow_other_base: bool = False,
     allow_pickle: bool = False,
+    alpha: float | None = None,
+    parts: Sequence[str] = (),
 ) -> Plan:
     """Put an adapter from a file on the model, freeze the base, and return what was loaded.
 
-    path: a directory in PEFT's layout, or the safetensors file in it.
+    path: a directory in PEFT's layout, or the safetensors file in it; or a file in another format of this folder,
+        which is told by what it holds.
     name: what the adapter is called here; file formats do not store names.
     activate: make it the only active adapter; False leaves the active ones as they are.
     allow_other_base: load although the adapted weights differ from those the adapter was saved on. The same
         base in another dtype needs no permission; it warns.
-    allow_pickle: open a file that is a pickle (`adapter_model.bin`), with PyTorch's `weights_only`.
+    allow_pickle: open a file that is a pickle (`adapter_model.bin`, loralib's `.pt`), with PyTorch's `weights_only`.
+    alpha: of a file that does not store it (loralib's).
+    parts: of a file that does not say which parts of a fused projection it adapts (loralib's): ("q", "v").
 
     Every tensor of the file must find its place and every place its tensor. Raises AdapterError, which lists
     every problem, before anything is changed: missing or unexpected keys, wrong shapes, NaN or Inf, another
@@ -104,7 +115,7 @@ def load(
     source = _path(path)
     chosen = _detect(source)
     try:
-        content = chosen.read(source, Names(model), allow_pickle)
+        content = chosen.read(source, Names(model), Given(allow_pickle, alpha, tuple(parts)))
         loaded = fit(model, content, name, activate=activate, allow_other_base=allow_other_base)
     except AdapterError as error:
         raise AdapterError(f"cannot load {source}: {error}") from None
@@ -112,7 +123,14 @@ def load(
     return loaded
 
 
-def read(path: str | os.PathLike[str], model: nn.Module | None = None, *, allow_pickle: bool = False) -> Content:
+def read(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    allow_pickle: bool = False,
+    alpha: float | None = None,
+    parts: Sequence[str] = (),
+) -> Content:
     """Return what an adapter file says; of the model, which may be on the meta device, only the names are used.
 
     Without a model, parts of a fused projection come as one pair of factors of the whole layer. What is doubtful
@@ -121,7 +139,9 @@ def read(path: str | os.PathLike[str], model: nn.Module | None = None, *, allow_
     source = _path(path)
     chosen = _detect(source)
     try:
-        return chosen.read(source, None if model is None else Names(unwrapped(model)), allow_pickle)
+        return chosen.read(
+            source, None if model is None else Names(unwrapped(model)), Given(allow_pickle, alpha, tuple(parts))
+        )
     except AdapterError as error:
         raise AdapterError(f"cannot read {source}: {error}") from None
 

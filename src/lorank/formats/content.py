@@ -16,33 +16,55 @@ from ..planning import Bias
 from ..tied import Mirror, Tie
 from ..tokens import TokenRows
 from ..tree import entries
-from ..variants import Adapter, LoRA, LoRAAdapter
+from ..variants import Adapter, LoRA, Spec, Update
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user says of a file that the file does not say itself.
+
+    allow_pickle: open it even if it is a pickle.
+    alpha: of files that store no scale, the numerator in alpha / rank.
+    parts: of files that do not say which parts of a fused projection they adapt, their names in order: ("q", "v").
+    """
+
+    allow_pickle: bool = False
+    alpha: float | None = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass
 class LayerUpdate:
-    """The factors of one layer: {part: (A (rank, in), B (out, rank))}; the only part of a plain layer is "weight"."""
+    """The update of one layer: {part: its tensors by name}; the only part of a plain layer is "weight"."""
 
-    spec: LoRA
-    factors: dict[str, tuple[Tensor, Tensor]]
-    specs: dict[str, LoRA] = field(default_factory=dict)  # of parts that differ from `spec`
+    spec: Spec
+    tensors: dict[str, dict[str, Tensor]]  # as `Update.tensors` names them: A (rank, in) and B (out, rank) of LoRA
+    specs: dict[str, Spec] = field(default_factory=dict)  # of parts that differ from `spec`
     host: Host | None = None  # known when it was taken from a model
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the parameters, by part; known then too
+    matrices: dict[str, tuple[int, ...]] = field(default_factory=dict)  # (out, in) by part, where that is known
+    lookup: bool = False  # of an embedding: A is looked up, and has a column for every token
     groups: int = 1  # of a convolution
     by_parts: bool = False  # the file says which parts these are; else they are the whole layer
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
-    def spec_of(self, part: str) -> LoRA:
+    def spec_of(self, part: str) -> Spec:
         """Return the spec of a part."""
         return self.specs.get(part, self.spec)
 
-    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
+    def pair(self, part: str = "weight") -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) of a part, with ΔW = `spec_of(part).scale` · B A exactly.
+
+        r is the spec's rank for LoRA, and more for some methods. Raises AdapterError where there is no such form.
+        """
+        return self.spec_of(part).low_rank(self.tensors[part], self.matrices.get(part))
 
 
 @dataclass
 class Content:
     """One adapter."""
 
-    spec: LoRA
+    spec: Spec
     updates: dict[str, LayerUpdate] = field(default_factory=dict)  # by layer
     biases: dict[str, Tensor] = field(default_factory=dict)  # by layer, (out,)
     tied: dict[str, Tie] = field(default_factory=dict)  # layers that mirror the update of another
@@ -83,16 +105,18 @@ def gather(model: nn.Module, name: str) -> Content:
             elif isinstance(leaf, TokenRows):
                 content.tokens[layer_name] = (leaf.ids.tolist(), _collected(leaf.values(layer)))
             elif isinstance(leaf, Mirror):
-                if isinstance(leaf.source, LoRAAdapter):
+                if not isinstance(leaf.source, TokenRows):
                     content.tied[layer_name] = leaf.tie
-            elif isinstance(leaf, LoRAAdapter):
+            elif isinstance(leaf, Update):
                 update = content.updates.setdefault(layer_name, LayerUpdate(leaf.spec, {}, host=leaf.host))
+                update.lookup = leaf.host.lookup
                 update.groups = getattr(layer, "groups", 1) if isinstance(leaf.host, ConvHost) else 1
                 update.shapes[leaf.part] = tuple(leaf.host.own(layer, leaf.part).shape)
                 if leaf.spec != update.spec:
                     update.specs[leaf.part] = leaf.spec
-                update.factors[leaf.part] = (_collected(leaf.A), _collected(leaf.B))
+                update.tensors[leaf.part] = {key: _collected(tensor) for key, tensor in leaf.tensors().items()}
                 with suppress(NoHost):  # a weight that was sharded or parametrised since cannot be recognised later
+                    update.matrices[leaf.part] = leaf.host.shape(layer, leaf.part)
                     W = leaf.host.matrix(layer, leaf.part)
                     if not W.is_meta:
                         update.fingerprints[leaf.part] = fingerprint(W, leaf.host.dtype_name(layer, leaf.part))

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from ..surgery import install, require_no_inference_mode
 from ..tied import TOKENS, Tie, mirrors, sharing, tie_of
 from ..ties import Ties
 from ..tokens import TokenRows, find_tokens
-from ..variants import Adapter, LoRAAdapter, Update, factor_dtype
+from ..variants import Adapter, Update
 from .content import Content, LayerUpdate, own_tensors
 
 
@@ -132,21 +131,21 @@ def _fit_updates(
     for canonical, host, update in located(content, names, problems):
         layer = names.modules[canonical]
         known = host.parts(layer)
-        problems += [f"{canonical} has no part {part}, which the file adapts" for part in update.factors.keys() - known]
-        for part in (part for part in known if part in update.factors):
-            A, B = update.factors[part]
+        problems += [f"{canonical} has no part {part}, which the file adapts" for part in update.tensors.keys() - known]
+        for part in (part for part in known if part in update.tensors):
+            tensors = update.tensors[part]
             place = Place(canonical, part, layer, host, update.spec_of(part), host.shape(layer, part))
-            wrong = factor_problems(place, A, B)
+            wrong = tensor_problems(place, tensors)
             if host.weight(layer, part).device.type == "meta":
                 wrong.append(f"{place.label}: the model is on the meta device; load its weights first")
             problems += wrong
             if wrong:
                 continue
             places.append(place)
-            parts.setdefault(canonical, {})[part] = filled = _filled(place, A, B)
+            parts.setdefault(canonical, {})[part] = adapter = filled(place, tensors)
             if part in update.fingerprints:
-                filled.base, filled.other_base_allowed = update.fingerprints[part], allow_other_base
-                compared[place.label] = compare(filled.base, host.matrix(layer, part), host.dtype_name(layer, part))
+                adapter.base, adapter.other_base_allowed = update.fingerprints[part], allow_other_base
+                compared[place.label] = compare(adapter.base, host.matrix(layer, part), host.dtype_name(layer, part))
     problems += other_base(compared, allow_other_base, content.remarks)
     order = {name: i for i, name in enumerate(names.modules)}
     return sorted(places, key=lambda place: order[place.name])
@@ -199,22 +198,25 @@ def _locate(name: str, update: LayerUpdate, names: Names) -> tuple[str, Host]:
         raise AdapterError(f"the file adapts {name}, which this model has not; {did_you_mean(name, names.modules)}")
     canonical = names.canonical[name]
     try:
-        return canonical, names.host(canonical, update.factors if update.by_parts else None)
+        return canonical, names.host(canonical, update.tensors if update.by_parts else None)
     except NoHost as error:
         raise AdapterError(f"the file adapts {name}, which cannot be adapted: {error}") from None
 
 
-def factor_problems(place: Place, A: Tensor, B: Tensor) -> list[str]:
-    """Return what is wrong with a file's factors for one matrix of a model: shapes and values."""
-    problems = []
-    *stack, out, in_ = place.shape
-    rank = place.spec.rank
-    for factor, tensor, needed in (("A", A, (*stack, rank, in_)), ("B", B, (*stack, out, rank))):
-        if tuple(tensor.shape) != needed:
-            problems.append(f"{place.label}: {factor} is {tuple(tensor.shape)} in the file, the model needs {needed}")
+def tensor_problems(place: Place, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return what is wrong with a file's tensors for one matrix of a model: names, shapes and values."""
+    reason = place.spec.why_not(place.host, place.layer, place.part)
+    if reason:
+        return [f"{place.label}: {reason}"]
+    needed = place.spec.build(place.host, place.layer, place.part, torch.device("meta")).tensors()
+    problems = [f"{place.label}: the file lacks {name}" for name in needed.keys() - tensors.keys()]
+    problems += [f"{place.label}: the file has {name}, which {place.spec} has not" for name in tensors.keys() - needed]
+    for name in (name for name in needed if name in tensors):
+        found, shape = tensors[name], tuple(needed[name].shape)
+        if tuple(found.shape) != shape:
+            problems.append(f"{place.label}: {name} is {tuple(found.shape)} in the file, the model needs {shape}")
         else:
-            dtype = factor_dtype(place.spec, place.host.weight(place.layer, place.part))
-            problems += _value_problems(f"{place.label}: {factor}", tensor, dtype)
+            problems += _value_problems(f"{place.label}: {name}", found, needed[name].dtype)
     return problems
 
 
@@ -229,12 +231,11 @@ def _value_problems(what: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
     return []
 
 
-def _filled(place: Place, A: Tensor, B: Tensor) -> LoRAAdapter:
+def filled(place: Place, tensors: Mapping[str, Tensor]) -> Update:
+    """Return the adapter that a file's tensors make for one matrix of a model."""
     weight = place.host.weight(place.layer, place.part)
-    adapter = cast(LoRAAdapter, place.spec.build(place.host, place.layer, place.part, torch.device("meta")))
-    for factor, tensor in (("A", A), ("B", B)):
-        dtype = getattr(adapter, factor).dtype
-        setattr(adapter, factor, nn.Parameter(tensor.to(weight.device, dtype, copy=True)))
+    adapter = place.spec.build(place.host, place.layer, place.part, torch.device("meta"))
+    adapter.fill(tensors, weight.device)
     return adapter
 
 

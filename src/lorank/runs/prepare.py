@@ -131,7 +131,7 @@ def prepare(recipe: Recipe) -> Prepared:
         device=str(device),
         max_length=task.max_length,
         train_also=list(plan.copies),
-        alpha=plan.spec.alpha,
+        alpha=getattr(plan.spec, "alpha", None),
         best=_choose_best(recipe, task),
     )
     return Prepared(recipe, base, task, plan, config, train, held_out, order, device, remarks)

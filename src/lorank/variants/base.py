@@ -1,7 +1,8 @@
 """Variant: a spec that a user writes and a file stores, and the adapter module it builds for one matrix."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -67,14 +68,34 @@ def on_device_of(parameter: nn.Parameter, like: Tensor) -> nn.Parameter:
 class Update(Adapter):
     """An adapter that is an update ΔW of one of the layer's matrices."""
 
+    spec: Any  # the `Spec` that built it; each method declares its own
     host: Host
     part: str
+    # Groups of parameters of which some are zero at the start, so that the others have no gradient before these move.
+    partners: ClassVar[tuple[tuple[str, ...], ...]] = ()
     base: Fingerprint | None = None  # of the matrix that it was trained on, as far as that is known
     other_base_allowed: bool = False  # it was loaded onto another, by the user's wish
 
     @abstractmethod
     def delta_weight(self, layer: nn.Module) -> Tensor:
         """Return ΔW (out, in) in float32, such that the layer under W + ΔW computes what `forward` returns."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that make it, by the names that `Spec.low_rank` and the file formats know them by."""
+        return dict(self.state_dict(keep_vars=True))
+
+    def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take copies of tensors, in the dtypes of its own, in the place of those; all must be given."""
+        for name, own in self.tensors().items():
+            values = tensors[name].to(device, own.dtype, copy=True)
+            if isinstance(own, nn.Parameter):
+                self._parameters[name] = nn.Parameter(values, requires_grad=own.requires_grad)
+            else:
+                self._buffers[name] = values
+
+    def largest_change(self) -> float | None:
+        """Return a bound of the numbers in ΔW that is cheap to compute; None where there is none."""
+        return None
 
     def run_mirrored(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor) -> Tensor:
         """Return the adapted output of another layer, which has the transpose of this one's matrix as its own.
@@ -111,12 +132,43 @@ class Spec(ABC):
     """What a user asks for: frozen, checked when it is made, and stored in the file."""
 
     rank: int = 8
-    alpha: float = 16.0
     variant: ClassVar[str]  # the name in files and on the command line
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """The factor in front of the update."""
+
+    @property
+    def factor_rank(self) -> int:
+        """How many rows A has in the form that `low_rank` returns, of a matrix of its own."""
+        return self.rank
 
     @abstractmethod
     def build(self, host: Host, layer: nn.Module, part: str, device: torch.device | None = None) -> Update:
         """Return a new adapter for one part of a layer, on the layer's device unless another is given."""
+
+    def why_not(self, host: Host, layer: nn.Module, part: str) -> str | None:
+        """Return why the method makes no sense for a part of a layer, as the end of a sentence; None when it does."""
+        return None
+
+    def settled(self, shapes: Sequence[tuple[int, ...]]) -> "Spec":
+        """Return the spec with what it has to know of all the matrices that get it together, given their shapes."""
+        return self
+
+    def low_rank(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+        """Return A (..., r, in) and B (..., out, r) with ΔW = scale · B A exactly, of an adapter's tensors.
+
+        shape: of ΔW, for methods whose tensors do not tell it. Raises AdapterError where there is no such form.
+        """
+        raise AdapterError(f"{type(self).__name__} has no low-rank form apart from its base")
+
+    def restored(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of which `low_rank` made A and B; raises AdapterError when it cannot have made these."""
+        raise AdapterError(f"{type(self).__name__} cannot be told from factors alone")
+
+    def __str__(self) -> str:
+        return f"{self.variant} of rank {self.rank}, scale {self.scale:g}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, with the variant's name; equal specs give equal texts."""
@@ -137,6 +189,28 @@ class Spec(ABC):
             return _VARIANTS[name](**values)
         except TypeError as error:
             raise AdapterError(f"the {name} spec in the file does not fit this lorank: {error}") from None
+
+
+def number_problems(spec: object, **rules: str) -> list[str]:
+    """Return what is wrong with fields of a spec that hold numbers: {field: "rank", "factor", "probability"}."""
+    problems = []
+    for name, rule in rules.items():
+        value = getattr(spec, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if rule == "rank" and not (isinstance(value, int) and number and value >= 1):
+            problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
+        elif rule == "factor" and not (number and 0 < abs(value) < 1e30):
+            problems.append(f"{name} is {value!r}; it must be a finite number other than 0, or nothing would train")
+        elif rule == "probability" and not (number and 0 <= value < 1):
+            problems.append(f"{name} is {value!r}; it must be a probability in [0, 1)")
+    return problems
+
+
+def dtype_problems(dtype: object) -> list[str]:
+    """Return what is wrong with the dtype that a spec asks for."""
+    if dtype in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return []
+    return [f"dtype is {dtype!r}; it must be torch.float32, bfloat16, float16 or float64, or None"]
 
 
 S = TypeVar("S", bound=type[Spec])

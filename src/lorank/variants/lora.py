@@ -5,6 +5,7 @@ With `rank_stabilised` the factor is alpha / √rank, which keeps the size of th
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,49 +16,66 @@ from torch import Tensor, nn
 from ..errors import raise_problems
 from ..hosts import AdditiveHost, Host
 from ..lowrank import INITIALISATIONS, delta, initialise, product
-from .base import Spec, Update, materialised, on_device_of, register
+from .base import Spec, Update, dtype_problems, materialised, number_problems, on_device_of, register
 
 
-@register("lora")
 @dataclass(frozen=True)
-class LoRA(Spec):
-    """A low-rank update ΔW = scale · B A of a frozen weight.
+class LowRank(Spec):
+    """What all methods with an update scale · B A have in common.
 
     rank: columns of B and rows of A, at least 1.
     alpha: numerator of the scale, alpha / rank.
     dropout: probability with which an element of the update's input is zeroed in training.
     rank_stabilised: scale by alpha / √rank instead.
-    init: `kaiming` (A uniform in ±1/√in, as the authors' code) or `gaussian` (as the paper says; std 1/rank).
-        B starts at zero, so that the adapted model starts as the base. In an embedding A is the zero one.
     dtype: of A and B. None takes float32, or the base's own dtype where that is wider; products always run in
         the dtype of the layer's input.
 
     Raises AdapterError, naming every field that is wrong.
     """
 
+    alpha: float = 16.0
     dropout: float = 0.0
     rank_stabilised: bool = False
-    init: Literal["kaiming", "gaussian"] = "kaiming"
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            problems.append(f"rank is {self.rank!r}; it must be a whole number of at least 1")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < abs(self.alpha) < 1e30:
-            problems.append(f"alpha is {self.alpha!r}; it must be a finite number other than 0, or nothing would train")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            problems.append(f"dropout is {self.dropout!r}; it must be a probability in [0, 1)")
-        if self.init not in INITIALISATIONS:
-            problems.append(f"init is {self.init!r}; it must be one of {', '.join(INITIALISATIONS)}")
-        if self.dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            problems.append(f"dtype is {self.dtype!r}; it must be torch.float32, bfloat16, float16 or float64, or None")
-        raise_problems("LoRA cannot be set up like this", problems)
+        raise_problems(f"{type(self).__name__} cannot be set up like this", self.problems())
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fields."""
+        return number_problems(self, rank="rank", alpha="factor", dropout="probability") + dtype_problems(self.dtype)
 
     @property
     def scale(self) -> float:
-        """The factor in front of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def low_rank(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+        return tensors["A"], tensors["B"]
+
+    def restored(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        return {"A": A, "B": B}
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, alpha {self.alpha:g}"
+
+
+@register("lora")
+@dataclass(frozen=True)
+class LoRA(LowRank):
+    """A low-rank update ΔW = scale · B A of a frozen weight.
+
+    rank, alpha, dropout, rank_stabilised, dtype: see `LowRank`.
+    init: `kaiming` (A uniform in ±1/√in, as the authors' code) or `gaussian` (as the paper says; std 1/rank).
+        B starts at zero, so that the adapted model starts as the base. In an embedding A is the zero one.
+    """
+
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+
+    def problems(self) -> list[str]:
+        wrong = super().problems()
+        if self.init not in INITIALISATIONS:
+            wrong.append(f"init is {self.init!r}; it must be one of {', '.join(INITIALISATIONS)}")
+        return wrong
 
     def build(self, host: Host, layer: nn.Module, part: str, device: torch.device | None = None) -> "LoRAAdapter":
         return LoRAAdapter(self, host, layer, part, device)
@@ -71,9 +89,10 @@ def factor_dtype(spec: Spec, weight: Tensor) -> torch.dtype:
 class LoRAAdapter(Update):
     """A (rank, in) and B (out, rank) of one matrix; of a stack of n matrices A (n, rank, in) and B (n, out, rank)."""
 
-    spec: LoRA
+    spec: LowRank
+    partners = (("A", "B"),)
 
-    def __init__(self, spec: LoRA, host: Host, layer: nn.Module, part: str, device: torch.device | None = None):
+    def __init__(self, spec: LowRank, host: Host, layer: nn.Module, part: str, device: torch.device | None = None):
         super().__init__()
         self.spec, self.host, self.part = spec, host, part
         self.scale = spec.scale
@@ -90,7 +109,7 @@ class LoRAAdapter(Update):
     def reset_parameters(self, layer: nn.Module) -> None:
         weight = self.host.weight(layer, self.part)
         self.A, self.B = on_device_of(self.A, weight), on_device_of(self.B, weight)
-        initialise(self.A, self.B, self.spec.init, lookup=self.host.lookup)
+        initialise(self.A, self.B, getattr(self.spec, "init", "kaiming"), lookup=self.host.lookup)
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self._add(self.host, layer, self.part, x, y, self.A, self.B)
@@ -109,6 +128,10 @@ class LoRAAdapter(Update):
 
     def at_start(self, layer: nn.Module) -> bool:
         return self.A.is_meta or not (self.A.detach().any() and self.B.detach().any())
+
+    def largest_change(self) -> float | None:
+        # |ΔW| <= |scale| · rank · max|A| · max|B|
+        return abs(self.scale) * self.A.shape[-2] * float(self.A.abs().max() * self.B.abs().max())
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
         return delta(self.A, self.B, self.scale)

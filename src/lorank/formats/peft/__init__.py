@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import AdapterError
 from ...names import Names
 from .. import safetensors_file
-from ..content import Content, outputs_of_head
+from ..content import Content, Given, outputs_of_head
 from .config import check_config, encode_config, read_config
 from .header import apply_account, encode_header, read_header
 from .tensors import decode, encode_tensors
@@ -31,17 +31,20 @@ def detect(path: Path) -> bool:
     return (folder / CONFIG).is_file() and (path.is_dir() or path.suffix == ".safetensors")
 
 
-def write(content: Content, path: Path, model: nn.Module) -> None:
+def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
     """Write an adapter into a directory. Other files there stay as they are."""
+    if path.exists() and not path.is_dir():
+        raise AdapterError(f"cannot save: {path} is a file; an adapter is a directory")
     packed = safetensors_file.pack(encode_tensors(content))
     packed = safetensors_file.with_metadata(packed, encode_header(content, packed))
-    text = json.dumps(encode_config(content, model), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(encode_config(content, model or nn.Module()), indent=2, sort_keys=True) + "\n"
     # The tensors go first: their header alone says what they are, should the second file never arrive.
     files = {path / TENSORS: packed, path / CONFIG: text.encode()}
     safetensors_file.write_atomically(files)
+    return []
 
 
-def read(path: Path, names: Names | None, allow_pickle: bool = False) -> Content:
+def read(path: Path, names: Names | None, given: Given) -> Content:
     """Read an adapter for a model with these module names, or for none; raises AdapterError for damaged files.
 
     Without a model, parts of fused projections stay one pair of factors.
@@ -52,11 +55,11 @@ def read(path: Path, names: Names | None, allow_pickle: bool = False) -> Content
         packed, tensors, metadata = safetensors_file.read(file)
         account = read_header(metadata, packed, file)
     else:
-        tensors, account = _read_pickle(folder, allow_pickle), None
-    problems, remarks = check_config(config)
-    content = decode(config, tensors, account, names or Names(nn.Module()))
+        tensors, account = _read_pickle(folder, given.allow_pickle), None
+    method, problems, remarks = check_config(config)
+    content = decode(config, method, tensors, account, names or Names(nn.Module()))
     if account is not None:
-        apply_account(account, content, names)
+        apply_account(account, content, method, names)
     content.base_model = config.get("base_model_name_or_path") or None
     content.task = content.about.get("task") or _TASKS.get(config.get("task_type") or "")
     if "task" not in content.about and content.task == "classification" and outputs_of_head(content) == 1:

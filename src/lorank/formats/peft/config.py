@@ -1,7 +1,8 @@
-"""`adapter_config.json`: rank, scale and what else PEFT needs to know."""
+"""`adapter_config.json`: rank, scale and what else PEFT needs to know of every method."""
 
+import dataclasses
+import functools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,43 +13,20 @@ from torch import nn
 
 from ...errors import AdapterError, enumerate_names, raise_problems
 from ...planning import Bias
-from ...variants import LoRA
+from ...variants import Spec
 from ..content import Content
 from ..pattern import Pattern
-from .layout import PARAMETERS, PARTS, layout_of
-
-# Settings that change what the tensors mean, with the values that do not.
-_MEANINGFUL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-}
-# Initialisations for which PEFT takes the adapter's start out of the base weight when it loads the file.
-_MOVES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-# Settings that say how the adapter was trained, or for whom, and nothing about its tensors.
-_HARMLESS = frozenset(
-    {
-        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
-        *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
-        *("fan_in_fan_out", "init_lora_weights", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
-        *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "ensure_weight_tying"),
-        *("target_parameters", "trainable_token_indices"),
-        "runtime_config",
-    }
-)
+from .layout import PARAMETERS, PARTS
+from .methods import METHODS, Method, method_of
 
 # What settings that lorank reads must be, where they are not null.
 _KINDS: dict[str, Any] = {
     "r": int,
+    "init_r": int,
+    "alpha": (int, float),
     "lora_alpha": (int, float),
     "lora_dropout": (int, float),
+    "vera_dropout": (int, float),
     "rank_pattern": dict,
     "alpha_pattern": dict,
     "modules_to_save": (list, str),
@@ -56,67 +34,65 @@ _KINDS: dict[str, Any] = {
     "exclude_modules": (list, str),
 }
 
-BIAS: dict[str, Bias] = {"none": "none", "lora_only": "adapted", "all": "all"}
-
-
-def rank_alpha(spec: LoRA, blocks: int) -> tuple[int, float]:
-    """Return rank and alpha of a layer whose factors are so many blocks: PEFT computes the same scale."""
-    return blocks * spec.rank, spec.alpha * (math.sqrt(blocks) if spec.rank_stabilised else blocks)
-
 
 def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
     """Return the configuration with which PEFT computes what the adapter does."""
-    spec = content.spec
-    stacks = [name for name, update in content.updates.items() if layout_of(update).kind == PARAMETERS]
-    unknown = [
-        name
-        for name, update in content.updates.items()
-        if layout_of(update).kind == PARTS or _read_by_pytorch(name, model)
-    ]
-    of_layer: dict[str, tuple[int, float]] = {}  # by the names that PEFT's patterns are matched with
+    method = method_of(content)
+    layouts = {name: method.layout(update) for name, update in content.updates.items()}
+    stacks = [name for name, layout in layouts.items() if layout.kind == PARAMETERS]
+    unknown = [name for name, layout in layouts.items() if layout.kind == PARTS or _read_by_pytorch(name, model)]
+    reasons = [f"{name}: only lorank reads this layer" for name in unknown]
+    of_layer: dict[str, tuple[int, float | None]] = {}  # by the names that PEFT's patterns are matched with
     for name, update in content.updates.items():
         if name in stacks:
-            of_layer |= {
-                full: rank_alpha(update.spec_of(part), 1)
-                for full, part in zip(parameters_of(content, [name]), update.factors, strict=True)
-            }
+            paths = zip(parameters_of(content, [name]), update.tensors, strict=True)
+            of_layer |= {full: method.rank_alpha(update, part) for full, part in paths}
         else:
-            of_layer[name] = rank_alpha(update.spec, layout_of(update).blocks)
+            of_layer[name] = method.rank_alpha(update, next(iter(update.tensors)))
     for name, tie in content.tied.items():
-        source = content.updates[tie.source]
-        of_layer[name] = rank_alpha(source.spec, layout_of(source).blocks)
-    rank, alpha = Counter(of_layer.values()).most_common(1)[0][0] if of_layer else (spec.rank, spec.alpha)
+        of_layer[name] = method.rank_alpha(content.updates[tie.source], "weight")
+    rank, alpha = Counter(of_layer.values()).most_common(1)[0][0] if of_layer else (content.spec.rank, None)
+    ranks = {_exactly(n): r for n, (r, _) in sorted(of_layer.items()) if r != rank}
+    alphas = {_exactly(n): _number(a) for n, (_, a) in sorted(of_layer.items()) if a is not None and a != alpha}
+    if (ranks or alphas) and not method.rank_patterns:
+        reasons.append(
+            f"{method.peft_type} has one rank and alpha for all layers in PEFT, and this adapter has several"
+        )
     config = getattr(model, "config", None)
-    return {
-        "peft_type": "LORA",
+    settings = {
+        "peft_type": method.peft_type,
         "task_type": _task_type(model, content),
         "auto_mapping": None,
         "base_model_name_or_path": _hub_id(getattr(config, "_name_or_path", None)),
         "revision": None,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": _number(alpha),
-        "lora_dropout": 0.0
-        if stacks
-        else spec.dropout,  # PEFT refuses parameters with another; it is for training alone
-        "use_rslora": spec.rank_stabilised,
-        "use_dora": False,
-        "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
-        "bias": next(theirs for theirs, ours in BIAS.items() if ours == content.bias),
-        "fan_in_fan_out": any(u.host is not None and u.host.transposed for u in content.updates.values()),
+        method.rank_setting: rank,
         "target_modules": _target_modules(
             [name for name in [*content.updates, *content.tied] if name not in stacks], model
         ),
-        "target_parameters": sorted(parameters_of(content, stacks)) or None,
-        "exclude_modules": None,
-        "trainable_token_indices": {name: ids for name, (ids, _) in sorted(content.tokens.items())} or None,
         "modules_to_save": sorted(content.copies) or None,
-        "rank_pattern": {_exactly(n): r for n, (r, _) in sorted(of_layer.items()) if r != rank},
-        "alpha_pattern": {_exactly(n): _number(a) for n, (_, a) in sorted(of_layer.items()) if a != alpha},
         "layers_to_transform": None,
-        # PEFT refuses a file that has this alone. It would load the layers that it knows, and not these.
-        "layers_pattern": [f"{name}: only lorank reads this layer" for name in unknown] or None,
+        **method.settings(content),
     }
+    if method.alpha_setting is not None and alpha is not None:
+        settings[method.alpha_setting] = _number(alpha)
+    if method.rank_patterns:
+        settings |= {"rank_pattern": ranks, "alpha_pattern": alphas, "exclude_modules": None}
+    if method.adapted_bias is not None:
+        settings["bias"] = {"none": "none", "adapted": method.adapted_bias, "all": "all"}[content.bias]
+        settings["fan_in_fan_out"] = any(u.host is not None and u.host.transposed for u in content.updates.values())
+    elif content.biases:
+        reasons.append(f"{method.peft_type} trains no biases in PEFT, and this adapter does")
+    if method.peft_type == "LORA":
+        settings["target_parameters"] = sorted(parameters_of(content, stacks)) or None
+        settings["trainable_token_indices"] = {n: ids for n, (ids, _) in sorted(content.tokens.items())} or None
+        if stacks:
+            settings["lora_dropout"] = 0.0  # PEFT refuses parameters with another; it is for training alone
+    elif content.tokens:
+        reasons.append(f"{method.peft_type} trains no rows of tokens in PEFT, and this adapter does")
+    # PEFT refuses a file that has this alone. It would load what it knows, and not the rest.
+    settings["layers_pattern"] = reasons or None
+    return settings
 
 
 def _read_by_pytorch(name: str, model: nn.Module) -> bool:
@@ -127,7 +103,7 @@ def _read_by_pytorch(name: str, model: nn.Module) -> bool:
 
 def parameters_of(content: Content, names: Iterable[str]) -> list[str]:
     """Return the full names of the parameters that are adapted in these modules."""
-    return [f"{name}.{part}".removeprefix(".") for name in names for part in content.updates[name].factors]
+    return [f"{name}.{part}".removeprefix(".") for name in names for part in content.updates[name].tensors]
 
 
 def _target_modules(names: list[str], model: nn.Module) -> list[str] | str:
@@ -180,79 +156,76 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return problems and remarks: settings that change what the tensors mean and are not supported, and unknown ones.
+def check_config(config: Mapping[str, Any]) -> tuple[Method, list[str], list[str]]:
+    """Return the method, problems and remarks: settings that change what the tensors mean, and unknown ones.
 
     Raises AdapterError for a configuration of another method, or with values of the wrong kind, with which nothing
     more can be said about the file.
     """
     wrong = []
-    if config.get("peft_type") != "LORA":
-        wrong.append(f"peft_type is {config.get('peft_type')!r}; only LORA can be read")
+    method = METHODS.get(str(config.get("peft_type")))
+    if method is None:
+        wrong.append(f"peft_type is {config.get('peft_type')!r}; {', '.join(METHODS)} can be read")
     for key, kinds in _KINDS.items():
         if config.get(key) is not None and (isinstance(config[key], bool) or not isinstance(config[key], kinds)):
             wrong.append(f"{key} is {config[key]!r}")
-    if config.get("bias") not in (None, *BIAS):
-        wrong.append(f"bias is {config['bias']!r}; PEFT knows {', '.join(BIAS)}")
+    adapted = method.adapted_bias if method is not None else None
+    if adapted and config.get("bias") not in (None, "none", adapted, "all"):
+        wrong.append(f"bias is {config['bias']!r}; PEFT knows none, {adapted} and all")
     raise_problems("adapter_config.json cannot be read", wrong)
+    assert method is not None, "another was refused"
     problems = [
         f"adapter_config.json: {key} is {config[key]!r}, which is not supported"
-        for key, harmless in _MEANINGFUL.items()
+        for key, harmless in method.meaningful.items()
         if key in config and config[key] not in harmless
     ]
-    if config.get("ensure_weight_tying") and config.get("modules_to_save"):
-        problems.append("adapter_config.json: ensure_weight_tying with modules_to_save is not supported")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_MOVES_BASE):
-        problems.append(
-            f"adapter_config.json: init_lora_weights is {init!r}: the adapter belongs to a base from which PEFT takes "
-            "the adapter's start away when it loads; convert it in PEFT (save_pretrained with "
-            "path_initial_model_for_weight_conversion)"
-        )
-    unknown = sorted(key for key in config.keys() - _HARMLESS - _MEANINGFUL.keys() if config[key])
+    problems += method.problems(config)
+    unknown = sorted(key for key in config.keys() - method.known if config[key])
     remarks = [f"adapter_config.json: {enumerate_names(unknown)} is not known here and was ignored"] if unknown else []
-    return problems, remarks
+    return method, problems, remarks
 
 
-def spec_of(config: Mapping[str, Any], problems: list[str]) -> LoRA:
+def bias_of(config: Mapping[str, Any], method: Method) -> Bias:
+    """Return which biases were trained."""
+    bias = config.get("bias") or "none"
+    return "none" if bias == "none" or not method.adapted_bias else "all" if bias == "all" else "adapted"
+
+
+def spec_of(config: Mapping[str, Any], method: Method, problems: list[str]) -> Spec:
     """Return the global spec; what is wrong with it goes into `problems`."""
     try:
-        return LoRA(
-            rank=_default(config, "r"),
-            alpha=_default(config, "lora_alpha"),
-            dropout=config.get("lora_dropout") or 0.0,
-            rank_stabilised=bool(config.get("use_rslora")),
-            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-        )
-    except AdapterError as error:
+        return method.spec(config)
+    except (AdapterError, TypeError, ValueError) as error:
         problems.append(f"adapter_config.json: {error}")
-        return LoRA()
+        return method.specs[0]()
 
 
-def alphas_of(config: Mapping[str, Any], layers: Iterable[str], problems: list[str]) -> dict[str, float]:
-    """Return each layer's alpha: that of the first key of alpha_pattern that matches its name, or the global one."""
-    return _by_pattern("alpha_pattern", config, _default(config, "lora_alpha"), layers, problems)
+def spec_by_pattern(config: Mapping[str, Any], method: Method, spec: Spec, layer: str, problems: list[str]) -> Spec:
+    """Return a layer's spec: with rank and alpha of the first keys of the patterns that match its name."""
+    fields: dict[str, Any] = {}
+    if method.rank_patterns:
+        fields["rank"] = _by_pattern("rank_pattern", config, spec.rank, layer, problems)
+        if method.alpha_setting is not None:
+            fields["alpha"] = _by_pattern("alpha_pattern", config, getattr(spec, "alpha", None), layer, problems)
+    try:
+        return dataclasses.replace(spec, **fields)
+    except AdapterError as error:
+        problems.append(f"adapter_config.json: {layer}: {error}")
+        return spec
 
 
-def ranks_of(config: Mapping[str, Any], layers: Iterable[str], problems: list[str]) -> dict[str, int]:
-    """Return each layer's rank: that of the first key of rank_pattern that matches its name, or the global one."""
-    return _by_pattern("rank_pattern", config, _default(config, "r"), layers, problems)
-
-
-def _default(config: Mapping[str, Any], key: str) -> Any:
-    value = config.get(key)
-    return 8 if value is None else value  # PEFT's default for both
-
-
-def _by_pattern(
-    key: str, config: Mapping[str, Any], default: Any, layers: Iterable[str], problems: list[str]
-) -> dict[str, Any]:
-    patterns = []
+def _by_pattern(key: str, config: Mapping[str, Any], default: Any, layer: str, problems: list[str]) -> Any:
     for text, value in (config.get(key) or {}).items():
         try:
             if isinstance(value, bool) or not isinstance(value, int | float) or not value:
                 raise AdapterError(f"{key} gives {text!r} the value {value!r}")
-            patterns.append((Pattern(text), value))
+            if _pattern(text).matches_end(layer):
+                return value
         except AdapterError as error:
             problems.append(str(error))
-    return {name: next((v for pattern, v in patterns if pattern.matches_end(name)), default) for name in layers}
+    return default
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(text: str) -> Pattern:
+    return Pattern(text)

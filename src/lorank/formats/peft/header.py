@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,11 +21,11 @@ from ...lowrank import split_blocks
 from ...names import Names
 from ...planning import Bias
 from ...tied import Tie
-from ...variants import LoRA, Spec
+from ...variants import Spec
 from .. import safetensors_file
 from ..content import Content, LayerUpdate
-from .config import BIAS, rank_alpha
-from .layout import BLOCKS, MATRIX, layout_of
+from .layout import BLOCKS, MATRIX
+from .methods import Method, method_of
 
 _KEY = "lorank"
 _VERSION = 1
@@ -35,12 +35,13 @@ _VERSION = 1
 class LayerAccount:
     """What the header says of one layer."""
 
-    spec: LoRA
-    specs: dict[str, LoRA]  # of parts that differ
+    spec: Spec
+    specs: dict[str, Spec]  # of parts that differ
     parts: list[str]  # ["weight"], or the parts in the order of their blocks
     layout: str  # of `layout.py`
     blocks: int  # times the rank that PEFT's pair has
     stacks: dict[str, int]  # how many matrices a part is a stack of, where it is one
+    matrices: dict[str, tuple[int, ...]]  # shapes of ΔW by part
     fingerprints: dict[str, Fingerprint]  # by part; a part may have none
 
 
@@ -48,7 +49,7 @@ class LayerAccount:
 class Account:
     """What the header says of the adapter."""
 
-    spec: LoRA
+    spec: Spec
     bias: Bias
     layers: dict[str, LayerAccount]
     biases: list[str]  # layers whose bias is in the file
@@ -60,14 +61,16 @@ class Account:
 def encode_header(content: Content, packed: bytes) -> dict[str, str]:
     """Return the metadata of a file with these tensors."""
     layers = {}
+    method = method_of(content)
     for name, update in content.updates.items():
         prints = {part: fingerprint.to_json() for part, fingerprint in update.fingerprints.items()}
-        layout = layout_of(update)
-        stacks = {part: A.shape[0] for part, (A, _) in update.factors.items() if A.dim() == 3}
-        layers[name] = {"spec": update.spec.to_json(), "parts": list(update.factors), "base": prints}
+        layout = method.layout(update)
+        stacks = {p: t["A"].shape[0] for p, t in update.tensors.items() if "A" in t and t["A"].dim() == 3}
+        layers[name] = {"spec": update.spec.to_json(), "parts": list(update.tensors), "base": prints}
         if update.specs:
             layers[name]["specs"] = {part: spec.to_json() for part, spec in update.specs.items()}
         layers[name] |= {"layout": layout.kind, "blocks": layout.blocks, "stacks": stacks}
+        layers[name]["matrices"] = {part: list(shape) for part, shape in update.matrices.items()}
     account = {
         "version": _VERSION,
         "spec": content.spec.to_json(),
@@ -114,9 +117,11 @@ def _parse(account: dict[str, Any]) -> Account:
         layout = str(fields.get("layout", MATRIX if parts == ["weight"] else BLOCKS))
         blocks = int(fields.get("blocks", len(parts)))
         stacks = {str(part): int(number) for part, number in fields.get("stacks", {}).items()}
-        specs = {str(part): _spec(spec) for part, spec in fields.get("specs", {}).items()}
-        layers[name] = LayerAccount(_spec(fields["spec"]), specs, parts, layout, blocks, stacks, prints)
-    if account["bias"] not in BIAS.values():
+        specs = {str(part): Spec.from_json(spec) for part, spec in fields.get("specs", {}).items()}
+        shapes = {str(part): tuple(map(int, shape)) for part, shape in fields.get("matrices", {}).items()}
+        spec = Spec.from_json(fields["spec"])
+        layers[name] = LayerAccount(spec, specs, parts, layout, blocks, stacks, shapes, prints)
+    if account["bias"] not in get_args(Bias):
         raise ValueError(f"bias is {account['bias']!r}")
     if not all(isinstance(name, str) for name in [*account["biases"], *account["copies"]]):
         raise ValueError("names of modules are strings")
@@ -125,17 +130,10 @@ def _parse(account: dict[str, Any]) -> Account:
         raise ValueError(f"about is {about!r}")
     tied = {n: Tie(str(t["source"]), bool(t["transposed"])) for n, t in account.get("tied", {}).items()}
     biases, copies = [*account["biases"]], [*account["copies"]]
-    return Account(_spec(account["spec"]), account["bias"], layers, biases, copies, tied, about)
+    return Account(Spec.from_json(account["spec"]), account["bias"], layers, biases, copies, tied, about)
 
 
-def _spec(fields: dict[str, Any]) -> LoRA:
-    spec = Spec.from_json(fields)
-    if not isinstance(spec, LoRA):
-        raise ValueError(f"its variant is {spec.variant}")
-    return spec
-
-
-def apply_account(account: Account, content: Content, names: Names | None) -> None:
+def apply_account(account: Account, content: Content, method: Method, names: Names | None) -> None:
     """Hold what was read against the file's own account, and take from it specs, parts and fingerprints."""
     problems = content.problems
     for name, tie in account.tied.items():
@@ -158,44 +156,65 @@ def apply_account(account: Account, content: Content, names: Names | None) -> No
         update = content.updates.get(name)
         if update is None:
             continue
-        for part in update.factors:
-            read, told_spec = update.spec_of(part), told.specs.get(part, told.spec)
-            rank, _ = rank_alpha(told_spec, told.blocks if told.layout == BLOCKS else 1)  # kernels were taken apart
-            if not math.isclose(read.scale, told_spec.scale, rel_tol=1e-6) or rank != read.rank:
-                problems.append(
-                    f"{name}: rank and scale are {read.rank} and {read.scale:g} in adapter_config.json, {rank} and "
-                    f"{told_spec.scale:g} in the tensors' own header; the two do not belong together"
-                )
-        update.spec, update.specs = told.spec, told.specs
+        update.matrices = told.matrices
+        problems += _contradictions(name, told, update, method)
+        split = told.layout != BLOCKS or (names is not None and _split_parts(name, told.parts, update, names, problems))
+        if split:  # else it stays the one update of the whole layer that PEFT sees
+            _restore(name, told, update, method, problems)
         update.by_parts = True
         update.fingerprints = told.fingerprints
-        if told.layout == BLOCKS and names is not None:
-            _split_parts(name, told.parts, update, names, problems)
+
+
+def _contradictions(name: str, told: LayerAccount, update: LayerUpdate, method: Method) -> list[str]:
+    """Return where the configuration gives a layer another rank or scale than the header does."""
+    problems = []
+    for part in update.tensors:
+        read, spec = update.spec_of(part), told.specs.get(part, told.spec)
+        blocks = told.blocks if told.layout == BLOCKS else 1  # kernels were taken apart
+        rank = blocks * (spec.factor_rank if method.pairs else spec.rank)
+        if not math.isclose(read.scale, spec.scale, rel_tol=1e-5) or rank != read.rank:
+            problems.append(
+                f"{name}: rank and scale are {read.rank} and {read.scale:g} in adapter_config.json, {rank} and "
+                f"{spec.scale:g} in the tensors' own header; the two do not belong together"
+            )
+    return problems
+
+
+def _restore(name: str, told: LayerAccount, update: LayerUpdate, method: Method, problems: list[str]) -> None:
+    """Give a layer the specs of the header, and the tensors that PEFT's pair was made of."""
+    update.spec, update.specs = told.spec, told.specs
+    for part, tensors in update.tensors.items() if method.pairs else ():
+        try:
+            tensors |= update.spec_of(part).restored(tensors.pop("A"), tensors.pop("B"))
+        except AdapterError as error:
+            problems.append(f"{name}: {error}")
 
 
 def _is_mirrored(copied: LayerUpdate, source: LayerUpdate, tie: Tie) -> bool:
-    (A, B), (down, up) = copied.factors["weight"], source.factors["weight"]
+    (A, B), (down, up) = copied.pair(), source.pair()
     expected = (up.T, down.T) if tie.transposed else (down, up)
     return A.shape == expected[0].shape and torch.equal(A, expected[0]) and torch.equal(B, expected[1])
 
 
-def _split_parts(name: str, parts: list[str], update: LayerUpdate, names: Names, problems: list[str]) -> None:
-    A, B = update.factors["weight"]
+def _split_parts(name: str, parts: list[str], update: LayerUpdate, names: Names, problems: list[str]) -> bool:
+    """Take the pair of a whole layer apart into its parts; tell whether that could be done."""
+    A, B = update.pair()
     if name not in names.modules:
         problems.append(f"the file adapts parts of {name}, which this model has not")
-        return
+        return False
     try:
         host = names.host(names.canonical[name], parts)
     except AdapterError as error:
         problems.append(f"{name}: {error}")
-        return
+        return False
     if not isinstance(host, FusedHost):
         problems.append(f"{name}: its parts {', '.join(parts)} are no rows of this model's layer")
-        return
+        return False
     layout = host.layout
     fits = B.shape[0] == layout.rows and all(part in layout.parts for part in parts)
     blocks = split_blocks(A, B, [layout.index(part) for part in parts]) if fits else None
     if blocks is None:
         problems.append(f"{name}: its tensors are not the parts {', '.join(parts)} of this model's layer")
-        return
-    update.factors = dict(zip(parts, blocks, strict=True))
+        return False
+    update.tensors = {part: {"A": a, "B": b} for part, (a, b) in zip(parts, blocks, strict=True)}
+    return True

@@ -2,47 +2,48 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ...errors import enumerate_names
+from ...errors import AdapterError, enumerate_names
 from ...hosts import own_parameter
 from ...names import Names, lies_in
+from ...variants import LowRank, Spec
 from ..content import Content, LayerUpdate
-from .config import BIAS, alphas_of, ranks_of, spec_of
+from .config import bias_of, spec_by_pattern, spec_of
 from .header import Account
-from .layout import PARAMETERS, PARTS, Pair, layout_of, read_kernels, read_stack, written_pair, written_stack
+from .layout import PARAMETERS, PARTS, Pair, read_kernels, read_stack, written_pair, written_stack
+from .methods import Method, method_of
 
 _PREFIX = "base_model.model."
-_PLAIN = ("lora_A.weight", "lora_B.weight")
-_LOOKUP = ("lora_embedding_A", "lora_embedding_B")
+_LOOKUP = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 _ROWS = "token_adapter.trainable_tokens_delta"
-_FACTOR = re.compile(
-    r"(?:(?P<path>.*)\.)?(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?P<rest>(?:\.[^.]+){0,2})"
-)
 _REFUSED_KEYS = {
-    "lora_magnitude_vector": "a DoRA magnitude",
-    "lora_B.bias": "a bias of the low-rank update",
+    "lora_magnitude_vector": "a DoRA magnitude, and adapter_config.json does not say use_dora",
+    "lora_B.bias": "a bias of the low-rank update, which cannot be read yet",
 }
 
 
 def encode_tensors(content: Content) -> dict[str, Tensor]:
     """Return the tensors of an adapter under the names that PEFT gives them."""
+    method = method_of(content)
     tensors: dict[str, Tensor] = {}
     for name, update in content.updates.items():
-        for path, (A, B) in _written(name, update):
-            kinds = _LOOKUP if update.host and update.host.lookup else _PLAIN
-            tensors[_key(path, kinds[0])], tensors[_key(path, kinds[1])] = A, B
+        for path, named in _written(name, update, method):
+            suffixes = dict(method.suffixes)
+            if method.pairs and update.lookup:
+                suffixes |= _LOOKUP
+            tensors |= {_key(path, suffixes[key]): tensor for key, tensor in named.items()}
     for name, tie in content.tied.items():  # PEFT is given factors of its own for each layer
         A, B = written_pair(content.updates[tie.source])
         down, up = (B.T, A.T) if tie.transposed else (A, B)
-        source = content.updates[tie.source].host
-        lookup = source is not None and source.lookup != tie.transposed  # an embedding that mirrors one, or a head
-        kinds = _LOOKUP if lookup else _PLAIN
-        tensors[_key(name, kinds[0])], tensors[_key(name, kinds[1])] = down.clone(), up.clone()
+        lookup = content.updates[tie.source].lookup != tie.transposed  # an embedding that mirrors one, or a head
+        kinds = _LOOKUP if lookup else method.suffixes
+        tensors[_key(name, kinds["A"])], tensors[_key(name, kinds["B"])] = down.clone(), up.clone()
+    tensors |= method.shared(content)
     for name, (_, rows) in content.tokens.items():
         tensors[_key(name, _ROWS)] = rows
     wrapped = content.updates.keys() | content.tied.keys()
@@ -55,17 +56,24 @@ def encode_tensors(content: Content) -> dict[str, Tensor]:
     return tensors
 
 
-def _written(name: str, update: LayerUpdate) -> Iterator[tuple[str, Pair]]:
-    """Yield the pairs of tensors of a layer, with the path under which each stands."""
-    assert update.host is not None, "content that is written was gathered from a model"
-    kind = layout_of(update).kind
+def _written(name: str, update: LayerUpdate, method: Method) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the tensors of a layer's pairs, or of its parts, with the path under which they stand."""
+    kind = method.layout(update).kind
+
+    def of_part(part: str, pair: Callable[[], Pair]) -> dict[str, Tensor]:
+        if not method.pairs:
+            return update.tensors[part]
+        A, B = pair()
+        return {"A": A, "B": B} | method.beside_pair(update, part)
+
     if kind == PARAMETERS:
-        for path, (A, B) in zip(_nested(name, len(update.factors)), update.factors.values(), strict=True):
-            yield path, written_stack(A, B)
+        for path, part in zip(_nested(name, len(update.tensors)), update.tensors, strict=True):
+            yield path, of_part(part, lambda part=part: written_stack(*update.pair(part)))
     elif kind == PARTS:
-        yield from ((f"{name}.{part}".removeprefix("."), pair) for part, pair in update.factors.items())
+        for part in update.tensors:
+            yield f"{name}.{part}".removeprefix("."), of_part(part, lambda part=part: update.pair(part))
     else:
-        yield name, written_pair(update)
+        yield name, of_part("weight", lambda: written_pair(update))
 
 
 def _nested(name: str, parameters: int) -> list[str]:
@@ -77,46 +85,48 @@ def _key(name: str, suffix: str) -> str:
     return f"{_PREFIX}{name}.{suffix}" if name else f"{_PREFIX}{suffix}"
 
 
-def decode(config: Mapping[str, Any], tensors: Mapping[str, Tensor], account: Account | None, names: Names) -> Content:
+def decode(
+    config: Mapping[str, Any], method: Method, tensors: Mapping[str, Tensor], account: Account | None, names: Names
+) -> Content:
     """Return what the tensors are; what is wrong with them goes into the content's `problems`."""
     problems: list[str] = []
-    base = spec_of(config, problems)
-    content = Content(base, bias=BIAS[config.get("bias") or "none"], problems=problems)
+    content = Content(spec_of(config, method, problems), bias=bias_of(config, method), problems=problems)
     factors: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
+    lookups: set[str] = set()
     for key, tensor in tensors.items():
         path = key.removeprefix(_PREFIX).replace("_orig_mod.", "")
         in_copy = account is not None and any(path.startswith(f"{name}.") for name in account.copies)
-        factor = None if in_copy else _FACTOR.fullmatch(path)
+        factor = None if in_copy else method.match(path)
         refused = next((what for token, what in _REFUSED_KEYS.items() if f".{token}" in f".{path}"), None)
-        if factor and _is_factor_tail(factor["kind"], factor["rest"]):
-            kind = "A" if factor["kind"].endswith("A") else "B"
-            found = factors.setdefault(factor["path"] or "", {})
+        if factor:
+            layer, kind = factor
+            found = factors.setdefault(layer, {})
             if kind in found:
                 problems.append(f"{key}: a second {kind} for the same layer (several adapters in one file?)")
             found[kind] = tensor
+            lookups |= {layer} if "lora_embedding_" in path else set()
         elif refused and not in_copy:
-            problems.append(f"{key} is {refused}, which cannot be read yet")
-        elif factor and factor["rest"] == "" and not factor["kind"].startswith("lora_embedding"):
+            problems.append(f"{key} is {refused}")
+        elif path.endswith((".lora_A", ".lora_B")):
             problems.append(f"{key} has loralib's name, without .weight; it is not a tensor of PEFT's layout")
         elif path in rest:
             problems.append(f"{key} is in the file twice, with and without the prefix {_PREFIX}")
         else:
             rest[path] = tensor
+    try:
+        content.spec = method.take_shared(rest, content.spec, names)
+    except AdapterError as error:
+        problems.append(str(error))
     for place in _places(factors, config, account, names, problems):
-        _decode_place(place, factors, config, content)
+        _decode_place(place, factors[place.path], config, method, content)
+    for layer in lookups & content.updates.keys():
+        content.updates[layer].lookup = True
     _decode_tokens(config, rest, names, content)
     _decode_rest(config, rest, account, names, content)
     if account is None:
         content.remarks += _gaps(config, content, names)
     return content
-
-
-def _is_factor_tail(kind: str, rest: str) -> bool:
-    """`.weight` or `.<adapter>.weight` after lora_A; nothing or `.<adapter>` after lora_embedding_A."""
-    if kind.startswith("lora_embedding"):
-        return rest.count(".") <= 1
-    return rest.endswith(".weight")
 
 
 @dataclass(frozen=True)
@@ -184,18 +194,36 @@ def _target_parameters(config: Mapping[str, Any], names: Names, problems: list[s
 
 
 def _decode_place(
-    place: _Place, factors: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], content: Content
+    place: _Place, tensors: Mapping[str, Tensor], config: Mapping[str, Any], method: Method, content: Content
 ) -> None:
-    """Put one pair of factors into the content, as factors of its layer's matrix."""
-    path, pair, problems = place.path, factors[place.path], content.problems
-    rank = ranks_of(config, [place.matched_as], problems)[place.matched_as]
-    alpha = alphas_of(config, [place.matched_as], problems)[place.matched_as]
-    spec = dataclasses.replace(content.spec, rank=rank, alpha=alpha)
-    missing = {"A", "B"} - pair.keys()
+    """Put the tensors of one place into the content."""
+    spec = spec_by_pattern(config, method, content.spec, place.matched_as, content.problems)
+    if method.pairs:
+        read = _read_pair(place, tensors, spec, method)
+        if isinstance(read, str):
+            content.problems.append(f"{place.path}: {read}")
+            return
+        spec, named = read
+    else:
+        spec, named = method.read(tensors, spec), dict(tensors)
+    update = content.updates.setdefault(place.layer, LayerUpdate(spec, {}, by_parts=place.parameter))
+    if spec != update.spec:
+        update.specs[place.part] = spec
+    update.tensors[place.part] = named
+    if method.pairs and not place.parameter and tensors["A"].dim() > 2 and place.layer == place.path:
+        out, groups = tensors["B"].shape[0], tensors["A"].shape[0] // tensors["B"].shape[1]
+        update.groups = groups
+        update.shapes[place.part] = (out, tensors["A"].shape[1] // groups, *tensors["A"].shape[2:])
+
+
+def _read_pair(
+    place: _Place, tensors: Mapping[str, Tensor], spec: Spec, method: Method
+) -> tuple[Spec, dict[str, Tensor]] | str:
+    """Return the spec and tensors of one pair of factors of a layer's matrix, or what is wrong with it."""
+    missing = {"A", "B"} - tensors.keys()
     if missing:
-        problems.append(f"{path}: the file lacks lora_{missing.pop()}")
-        return
-    A, B = pair["A"], pair["B"]
+        return f"the file lacks lora_{missing.pop()}"
+    A, B = tensors["A"], tensors["B"]
     read: Pair | str
     if place.parameter:
         read = read_stack(A, B, place.experts)
@@ -204,24 +232,18 @@ def _decode_place(
     else:
         read = (A, B)
     if isinstance(read, str):
-        problems.append(f"{path}: {read}")
-        return
+        return read
     blocks = max(A.shape[0] // max(B.shape[1], 1), 1) if A.dim() > 2 and not place.parameter else 1
-    written_rank = read[0].shape[-2] * blocks if read[0].dim() > 1 else 0
     if read[0].dim() < 2 or read[1].dim() < 2 or read[0].shape[-2] != read[1].shape[-1]:
-        problems.append(f"{path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of factors")
-        return
+        return f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of factors"
+    written_rank = read[0].shape[-2] * blocks
     if written_rank != spec.rank:
-        problems.append(f"{path}: its factors have rank {written_rank}, adapter_config.json says {spec.rank}")
-        spec = dataclasses.replace(spec, rank=max(written_rank, 1))
-    if blocks > 1:
-        spec = dataclasses.replace(
-            spec, rank=spec.rank // blocks, alpha=spec.alpha / (blocks**0.5 if spec.rank_stabilised else blocks)
-        )
-    update = content.updates.setdefault(place.layer, LayerUpdate(spec, {}, by_parts=place.parameter))
-    if spec != update.spec:
-        update.specs[place.part] = spec
-    update.factors[place.part] = read
+        return f"its factors have rank {written_rank}, adapter_config.json says {spec.rank}"
+    if blocks > 1 and isinstance(spec, LowRank):
+        alpha = spec.alpha / (blocks**0.5 if spec.rank_stabilised else blocks)
+        spec = dataclasses.replace(spec, rank=spec.rank // blocks, alpha=alpha)
+    beside = {name: tensor for name, tensor in tensors.items() if name not in ("A", "B")}
+    return spec, {"A": read[0], "B": read[1]} | {name: tensor.flatten() for name, tensor in beside.items()}
 
 
 def _decode_tokens(config: Mapping[str, Any], rest: dict[str, Tensor], names: Names, content: Content) -> None:

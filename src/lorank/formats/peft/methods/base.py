@@ -1,0 +1,111 @@
+"""A method of PEFT: which of ours it is, and in which settings and tensors PEFT keeps it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ....errors import AdapterError
+from ....names import Names
+from ....variants import Spec
+from ...content import Content, LayerUpdate
+from ..layout import Layout
+
+# Settings of every method that say for what and whom an adapter is, and nothing about its tensors.
+_COMMON = frozenset(
+    {
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+        *("layers_pattern", "fan_in_fan_out", "init_weights", "rank_pattern", "alpha_pattern"),
+    }
+)
+
+
+class Method(ABC):
+    """How PEFT writes one of its methods, there and back."""
+
+    peft_type: ClassVar[str]
+    specs: ClassVar[tuple[type[Spec], ...]]  # of ours that are written as this one
+    adapted_bias: ClassVar[str | None] = None  # what `bias` says when the biases of adapted layers are trained
+    rank_setting: ClassVar[str] = "r"
+    alpha_setting: ClassVar[str | None] = "alpha"
+    pairs: ClassVar[bool] = False  # each update is one pair of factors in the file, whatever the method
+    rank_patterns: ClassVar[bool] = True  # layers may differ in rank and alpha
+    suffixes: ClassVar[Mapping[str, str]]  # {name of a tensor of ours: end of PEFT's key}
+    harmless: ClassVar[frozenset[str]] = frozenset()  # settings that say how it was trained, beside those of every one
+    meaningful: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # settings, with the values that lorank can honour
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The settings that need no remark."""
+        bias = {"bias"} if self.adapted_bias else set()
+        return _COMMON | self.harmless | self.meaningful.keys() | {self.rank_setting, str(self.alpha_setting)} | bias
+
+    @abstractmethod
+    def layout(self, update: LayerUpdate) -> Layout:
+        """Return how the tensors of an update lie in the file."""
+
+    @abstractmethod
+    def rank_alpha(self, update: LayerUpdate, part: str) -> tuple[int, float | None]:
+        """Return rank and alpha that make PEFT compute what a part of an update does."""
+
+    @abstractmethod
+    def settings(self, content: Content) -> dict[str, Any]:
+        """Return the settings that only this method has; rank, alpha and targets are not among them."""
+
+    @abstractmethod
+    def spec(self, config: Mapping[str, Any]) -> Spec:
+        """Return the spec that the settings describe, of a layer without exceptions.
+
+        Raises AdapterError for values that make none.
+        """
+
+    def problems(self, config: Mapping[str, Any]) -> list[str]:
+        """Return what else about the settings cannot be honoured."""
+        return []
+
+    def match(self, path: str) -> tuple[str, str] | None:
+        """Return (layer, name of our tensor) for the path of a tensor of this method; None for another tensor."""
+        for name, suffix in self.suffixes.items():
+            if path == suffix or path.endswith(f".{suffix}"):
+                return path.removesuffix(suffix).removesuffix("."), name
+        return None
+
+    def read(self, tensors: Mapping[str, Tensor], spec: Spec) -> Spec:
+        """Return the spec of a layer with these tensors, where they can say more of it than the settings."""
+        return spec
+
+    def beside_pair(self, update: LayerUpdate, part: str) -> dict[str, Tensor]:
+        """Return what a layer has beside its pair of factors, shaped as PEFT has it."""
+        return {}
+
+    def shared(self, content: Content) -> dict[str, Tensor]:
+        """Return tensors that all layers have together, by PEFT's key."""
+        return {}
+
+    def take_shared(self, rest: dict[str, Tensor], spec: Spec, names: Names) -> Spec:
+        """Take such tensors out of a file's others; return the spec with what they say.
+
+        Raises AdapterError for what cannot be kept.
+        """
+        return spec
+
+
+METHODS: dict[str, Method] = {}  # by PEFT's name
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a method known by its name in PEFT's configuration."""
+    METHODS[method.peft_type] = method()
+    return method
+
+
+def method_of(content: Content) -> Method:
+    """Return the method that PEFT writes an adapter's updates as; raises AdapterError when it has none for all."""
+    specs = [update.spec_of(part) for update in content.updates.values() for part in update.tensors]
+    found = {method for spec in specs or [content.spec] for method in METHODS.values() if type(spec) in method.specs}
+    if len(found) != 1 or not all(type(spec) in next(iter(found)).specs for spec in specs):
+        kinds = ", ".join(sorted({type(spec).__name__ for spec in specs}))
+        raise AdapterError(f"PEFT's layout has no one method for {kinds}")
+    return next(iter(found))
