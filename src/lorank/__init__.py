@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .arithmetic import extract
+    from .arithmetic.on_model import combine, resize
+    from .calibrating import calibrate
     from .errors import AdapterError, AdapterWarning
     from .formats import load, save
     from .health import check
@@ -16,38 +19,58 @@ if TYPE_CHECKING:
     from .merging import merge, merged
     from .planning import Plan, plan
     from .surgery import activate, adapt, adapter_parameters, disabled, remove, reset
-    from .training import Step, TrainConfig, TrainState, train
+    from .training import RankBudget, Step, TrainConfig, TrainState, parameter_groups, train
     from .tree import active_adapters, adapter_names
-    from .variants import LoRA
+    from .variants import EVA, AdaLoRA, DoRA, LoHa, LoKr, LoRA, LoRAFA, LoRAGA, MiLoRA, OLoRA, PiSSA, VeRA
 
 __all__ = [
+    "EVA",
+    "AdaLoRA",
     "AdapterError",
     "AdapterWarning",
+    "DoRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAFA",
+    "LoRAGA",
     "MergeReport",
+    "MiLoRA",
+    "OLoRA",
+    "PiSSA",
     "Plan",
+    "RankBudget",
     "Step",
     "TrainConfig",
     "TrainState",
+    "VeRA",
     "__version__",
     "activate",
     "active_adapters",
     "adapt",
     "adapter_names",
     "adapter_parameters",
+    "calibrate",
     "check",
+    "combine",
     "disabled",
+    "extract",
     "load",
     "merge",
     "merged",
+    "parameter_groups",
     "plan",
     "remove",
     "reset",
+    "resize",
     "save",
     "train",
 ]
 
 _HOMES = {
+    "arithmetic": ("extract",),
+    "arithmetic.on_model": ("combine", "resize"),
+    "calibrating": ("calibrate",),
     "errors": ("AdapterError", "AdapterWarning"),
     "formats": ("load", "save"),
     "health": ("check",),
@@ -55,9 +78,11 @@ _HOMES = {
     "merging": ("merge", "merged"),
     "planning": ("Plan", "plan"),
     "surgery": ("activate", "adapt", "adapter_parameters", "disabled", "remove", "reset"),
-    "training": ("Step", "TrainConfig", "TrainState", "train"),
+    "training": ("RankBudget", "Step", "TrainConfig", "TrainState", "parameter_groups", "train"),
     "tree": ("active_adapters", "adapter_names"),
-    "variants": ("LoRA",),
+    "variants": (
+        *("EVA", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAGA", "AdaLoRA", "DoRA", "MiLoRA", "OLoRA", "PiSSA", "VeRA"),
+    ),
 }
 
 

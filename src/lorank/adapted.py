@@ -57,8 +57,10 @@ class Adapters(nn.Module):
     def activate(self, names: tuple[str, ...]) -> None:
         """Make those of `names` that are here the active ones."""
         self.active = tuple(name for name in names if name in self)
-        self.updates = tuple(name for name in self.active if isinstance(self[name], Adapter))
-        copies = [name for name in self.active if name not in self.updates]
+        found = {name: self[name] for name in self.active}
+        additive = {name: entry.additive for name, entry in found.items() if isinstance(entry, Adapter)}
+        self.updates = tuple(sorted(additive, key=additive.__getitem__))  # one that is not is given the base's output
+        copies = [name for name in self.active if name not in additive]
         self.stand_in = copies[0] if copies else None
 
     def read(self, layer: nn.Module, attribute: str) -> Tensor | None:

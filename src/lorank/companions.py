@@ -23,6 +23,7 @@ class Parts(Adapter):
         super().__init__()
         for part, adapter in parts.items():
             self.add_module(part, adapter)
+        self.additive = all(adapter.additive for adapter in parts.values())
 
     def leaves(self) -> Iterator[Adapter]:
         for adapter in self._modules.values():

@@ -177,11 +177,23 @@ def _prepare(model: nn.Module, name: str | None, allow_other_base: bool) -> tupl
     ties = Ties(model)
     layers = {layer_name: layer for layer_name, (layer, _) in by_layer.items()}
     for job in jobs:
+        problems += _left_on_another_base(job, names)
         problems += _no_longer_tied(job, ties, layers) + _job_problems(job, ties, _mirrored_in(job, layers))
     raise_problems("cannot merge", problems)
     other = {label: found for job in jobs for label, found in _other_bases(job, allow_other_base).items()}
     raise_problems("cannot merge", other_base(other, False, [], "merge"))
     return jobs, names
+
+
+def _left_on_another_base(job: _Job, names: Sequence[str]) -> list[str]:
+    """Return a problem for each adapter that would stay on a layer, and is a change of the base that it has now."""
+    entries_left = {name: job.layer.adapters[name] for name in job.layer.adapters.names if name not in names}
+    return [
+        f"'{name}' stays on {job.name}, and is no sum with its base: on another base it would compute something else. "
+        "Remove it first, or merge it too"
+        for name, entry in entries_left.items()
+        if isinstance(entry, Adapter) and not entry.additive
+    ]
 
 
 def _mirrored_in(job: _Job, layers: Mapping[str, Adapted]) -> set[str]:
@@ -322,7 +334,7 @@ def _delta(job: _Job, part: str) -> Tensor:
     for update in job.updates[part]:
         delta = update.delta_weight(job.layer)
         if update.part != part and isinstance(update.host, FusedHost):
-            delta = update.host.whole(update.part, delta)
+            delta = update.host.padded(update.part, delta)
         total = delta if total is None else total + delta
     assert total is not None, "a part of a job has at least one update"
     return total

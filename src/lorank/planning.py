@@ -298,7 +298,7 @@ def _ranks_above_the_layers_own(places: Sequence[Place]) -> list[str]:
     above: dict[tuple[int, int], list[str]] = {}
     for place in places:
         limit = min(place.shape[-2:])
-        if place.spec.rank > limit:
+        if place.spec.bounded and place.spec.rank > limit:
             above.setdefault((place.spec.rank, limit), []).append(place.label)
     return [
         f"{enumerate_names(labels, 3)}: rank {rank} is above the layer's own, {limit}; the update cannot use more"

@@ -345,7 +345,7 @@ def why_not_together(model: nn.Module, names: Sequence[str]) -> list[str]:
     for name in names:
         for layer_name, (_, entry) in entries(model, name).items():
             if isinstance(entry, Adapter):
-                lone |= set() if all(leaf.additive for leaf in entry.leaves()) else {name}
+                lone |= set() if entry.additive else {name}
             elif layer_name in copied:
                 problems.append(f"'{copied[layer_name]}' and '{name}' both put a copy in the place of {layer_name}")
             else:
@@ -360,6 +360,9 @@ def why_not_together(model: nn.Module, names: Sequence[str]) -> list[str]:
                 )
             if top is not None:
                 problems.append(f"'{name}' adapts {layer_name}, in {top}, of which '{copied[top]}' runs a copy")
-    if lone and len(names) > 1:
-        problems.append(f"'{sorted(lone)[0]}' is not additive, so it can only be active alone")
+    if len(lone) > 1:
+        problems.append(
+            f"{', '.join(repr(name) for name in sorted(lone))} are not additive: each is a change of the base alone, "
+            "so only one of them can be active"
+        )
     return problems

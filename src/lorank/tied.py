@@ -31,7 +31,7 @@ class Mirror(Adapter):
     def __init__(self, source: Update, host: Host, tie: Tie):
         super().__init__()
         vars(self)["source"] = source  # no part of this one: what both layers share, the other has
-        self.host, self.tie = host, tie
+        self.host, self.tie, self.additive = host, tie, source.additive
 
     def leaves(self) -> Iterator[Adapter]:
         yield self

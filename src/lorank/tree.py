@@ -127,6 +127,8 @@ def require_whole_checkpoint(model: nn.Module, incompatible: _IncompatibleKeys) 
         for leaf in updates_of(layer):
             # What came with its base, or was not trained yet, belongs to the base that is there now.
             if layer.adapters.absent is None or leaf.at_start(layer):
+                if layer.adapters.absent is not None:
+                    leaf.rebase(layer)
                 leaf.remember_base(layer)
     if len(absent) < len(layers):
         for adapters in absent:

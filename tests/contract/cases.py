@@ -10,7 +10,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForC
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from lorank import LoRA
+import lorank
+from lorank import EVA, AdaLoRA, DoRA, LoHa, LoKr, LoRA, LoRAFA, LoRAGA, MiLoRA, OLoRA, PiSSA, VeRA
+from lorank.planning import Plan
 from lorank.variants import Spec
 
 from ..models import VOCABULARY, gpt2, ids
@@ -248,4 +250,44 @@ SPECS: dict[str, Spec] = {
     "lora-gaussian": LoRA(rank=4, alpha=2, init="gaussian"),
     "lora-rank-stabilised": LoRA(rank=4, alpha=8, rank_stabilised=True),
     "lora-rank-1-dropout": LoRA(rank=1, alpha=1, dropout=0.3),
+    "dora": DoRA(rank=3, alpha=6),
+    "pissa": PiSSA(rank=2, alpha=3),
+    "olora": OLoRA(rank=2, alpha=2, rank_stabilised=True),
+    "milora": MiLoRA(rank=2, alpha=4),
+    "eva": EVA(rank=2, alpha=4),
+    "lora-ga": LoRAGA(rank=2, alpha=4),
+    "lora-fa": LoRAFA(rank=3, alpha=6),
+    "vera": VeRA(rank=5),
+    "adalora": AdaLoRA(rank=3, target_rank=2, alpha=6),
+    "loha": LoHa(rank=2, alpha=4),
+    "lokr": LoKr(rank=1, alpha=2, decompose_both=True),
 }
+
+_LOOKUPS = dict.fromkeys(("embedding", "embedding-with-padding", "embedding-scaled"))
+# Layers that multiply the last dimension of their input, and are called.
+_LINEAR = ("linear", "linear-without-bias", "conv1d", "fused-contiguous", "fused-grouped-query", "fused-interleaved")
+# EVA is refused here when it is calibrated, as nobody calls this layer.
+UNSEEN = "attention-output"
+# Where a method makes no sense: {spec: {case: what it says}}.
+REFUSALS: dict[str, dict[str, str]] = {
+    "eva": {name: "EVA looks at the inputs of linear layers" for name in CASES if name not in (*_LINEAR, UNSEEN)},
+    "vera": dict.fromkeys(_LOOKUPS, "VeRA's shared matrix would need a column for every token"),
+    "loha": dict.fromkeys(_LOOKUPS, "LoHa would form the whole update of an embedding"),
+    "lokr": dict.fromkeys(_LOOKUPS, "LoKr would form the whole update of an embedding"),
+}
+
+
+def adapt(model: nn.Module, spec: Spec, case: Case, **options: Any) -> Plan:
+    """Adapt a model, and show a method its data that needs any."""
+    plan = lorank.adapt(model, spec, case.targets, **options)
+    if not next(model.parameters()).is_meta:
+        show_data(model, spec, case, options.get("name", "default"))
+    return plan
+
+
+def show_data(model: nn.Module, spec: Spec, case: Case, name: str = "default") -> None:
+    """Show a method its data, if it needs any."""
+    if isinstance(spec, EVA | LoRAGA):
+        x = case.inputs()
+        x = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
+        lorank.calibrate(model, lambda x: model(x).square().sum(), [x, x], name)

@@ -271,7 +271,6 @@ def test_base_tensors_in_a_file_are_ignored_when_equal_and_refused_when_not(save
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        *[("use_dora", True), ("lora_bias", True), ("target_parameters", ["x"]), ("trainable_token_indices", [1])],
         *[("layer_replication", [[0, 1]]), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora")],
         *[("peft_type", "IA3"), ("peft_type", None), ("bias", "some"), ("r", "8"), ("alpha_pattern", {"(?=a)": 1})],
     ],

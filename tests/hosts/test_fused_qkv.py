@@ -260,7 +260,7 @@ def test_parts_divide_the_rows(probe: Probe) -> None:
     host = FusedHost(base, probe.layout)
     for part, rows in index.items():
         assert torch.equal(host.matrix(probe.layer, part), probe.weight()[rows])
-        assert torch.equal(host.whole(part, torch.ones(len(rows), 1)).flatten().nonzero().flatten(), rows)
+        assert torch.equal(host.padded(part, torch.ones(len(rows), 1)).flatten().nonzero().flatten(), rows)
 
 
 @over(SELF + CROSS)

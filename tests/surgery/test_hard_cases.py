@@ -278,7 +278,7 @@ def test_a_failure_while_attaching_is_taken_back(monkeypatch: pytest.MonkeyPatch
 
 @dataclass(frozen=True)
 class Alone(LoRA):
-    """A variant that is not additive, as DoRA will be."""
+    """A variant that is not additive, as DoRA is not."""
 
     def build(self, host: Any, layer: nn.Module, part: str, device: Any = None) -> LoRAAdapter:
         adapter = super().build(host, layer, part, device)
@@ -290,13 +290,15 @@ class AloneAdapter(LoRAAdapter):
     additive = False
 
 
-def test_an_adapter_that_is_not_additive_is_active_alone() -> None:
+def test_one_adapter_at_most_that_is_not_additive_is_active() -> None:
     model = Small()
     lorank.adapt(model, LoRA(rank=2), ["a"], name="additive")
-    lorank.adapt(model, Alone(rank=2), ["b"], name="alone")
-    assert lorank.active_adapters(model) == ["alone"]
-    with pytest.raises(AdapterError, match="'alone' is not additive, so it can only be active alone"):
-        lorank.activate(model, "additive", "alone")
+    lorank.adapt(model, Alone(rank=2), ["b"], name="one")
+    lorank.adapt(model, Alone(rank=2), ["a"], name="other")
+    lorank.activate(model, "additive", "one")
+    with pytest.raises(AdapterError, match="'one', 'other' are not additive: each is a change of the base alone"):
+        lorank.activate(model, "one", "additive", "other")
+    assert lorank.active_adapters(model) == ["additive", "one"]
 
 
 def test_dropout_of_an_embedding_drops_whole_tokens() -> None:

@@ -59,6 +59,10 @@ class LayerUpdate:
         """
         return self.spec_of(part).low_rank(self.tensors[part], self.matrices.get(part))
 
+    def factors(self, part: str = "weight") -> tuple[Tensor, Tensor]:
+        """Return A and B of a part, beside which a file also has what else the method trains."""
+        return self.spec_of(part).factors(self.tensors[part], self.matrices.get(part))
+
 
 @dataclass
 class Content:
@@ -108,6 +112,8 @@ def gather(model: nn.Module, name: str) -> Content:
                 if not isinstance(leaf.source, TokenRows):
                     content.tied[layer_name] = leaf.tie
             elif isinstance(leaf, Update):
+                if reason := leaf.why_not_saved():
+                    problems.append(f"{layer_name}: {reason}")
                 update = content.updates.setdefault(layer_name, LayerUpdate(leaf.spec, {}, host=leaf.host))
                 update.lookup = leaf.host.lookup
                 update.groups = getattr(layer, "groups", 1) if isinstance(leaf.host, ConvHost) else 1

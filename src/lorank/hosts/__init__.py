@@ -25,6 +25,7 @@ for _module in pkgutil.iter_modules(__path__):
 from .conv import ConvHost  # noqa: E402
 from .conv_transpose import ConvTransposeHost  # noqa: E402
 from .fused_qkv import FusedHost, RowLayout, consecutive, layout_of, register_layout  # noqa: E402
+from .linear import LinearHost  # noqa: E402
 from .parameter import PARAMETER  # noqa: E402
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ConvTransposeHost",
     "FusedHost",
     "Host",
+    "LinearHost",
     "NoHost",
     "RowLayout",
     "class_host",

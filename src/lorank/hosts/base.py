@@ -100,6 +100,7 @@ class AdditiveHost(Host):
 
     additive = True
     may_block: bool = False  # `blocks` has to be asked
+    multiplies_rows: bool = False  # W multiplies the last dimension of the layer's input
 
     @abstractmethod
     def down(self, layer: nn.Module, part: str, x: Tensor, A: Tensor) -> Tensor:
@@ -116,6 +117,19 @@ class AdditiveHost(Host):
     def add(self, layer: nn.Module, part: str, y: Tensor, update: Tensor) -> Tensor:
         """Return the layer's output y with this part's update added."""
         return y + update.to(y.dtype)
+
+    def whole(self, layer: nn.Module, part: str, x: Tensor, W: Tensor) -> Tensor:
+        """Apply a matrix W (out, in) to the layer's input as the layer applies its own; shaped like this part's output.
+
+        For updates that are no product of two factors.
+        """
+        z = self.down(layer, part, x, W)
+        return self.up(layer, part, z, torch.eye(W.shape[0], device=z.device, dtype=z.dtype))
+
+    def without_bias(self, layer: nn.Module, part: str, y: Tensor) -> Tensor:
+        """Return the layer's own output y without the bias that it has added."""
+        bias = layer._parameters.get("bias")
+        return y if bias is None else y - self.channel(layer, part, bias).to(y.dtype)
 
     @abstractmethod
     def apply(self, layer: nn.Module, x: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ class ConvHost(AdditiveHost):
     def up(self, layer: Any, part: str, z: Tensor, B: Tensor) -> Tensor:
         return mix_channels(layer, z, B)
 
+    def whole(self, layer: Any, part: str, x: Tensor, W: Tensor) -> Tensor:
+        return _convolved(layer, x, W.to(x.dtype).view(self.own(layer, part).shape), None)
+
     def channel(self, layer: Any, part: str, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(layer.kernel_size))
 

@@ -34,6 +34,9 @@ class EmbeddingHost(AdditiveHost):
     def up(self, layer: nn.Embedding, part: str, z: Tensor, B: Tensor) -> Tensor:
         return self.scaled(layer, F.linear(z, B.to(z.dtype)))  # (..., dimension)
 
+    def whole(self, layer: nn.Embedding, part: str, x: Tensor, W: Tensor) -> Tensor:
+        return self.scaled(layer, self.down(layer, part, x, W))
+
     def channel(self, layer: nn.Embedding, part: str, v: Tensor) -> Tensor:
         return v  # outputs are the last dimension
 

@@ -58,6 +58,7 @@ class FusedHost(AdditiveHost):
         self.base = base
         self.layout = layout
         self.transposed = base.transposed
+        self.multiplies_rows = base.multiplies_rows
 
     def parts(self, layer: nn.Module) -> tuple[str, ...]:
         return tuple(self.layout.parts)
@@ -73,13 +74,13 @@ class FusedHost(AdditiveHost):
         return self._rows_of(self.base.matrix(layer, "weight"), part).flatten(0, 1)
 
     def stored(self, layer: nn.Module, part: str, W: Tensor) -> Tensor:
-        return self.base.stored(layer, "weight", self.whole(part, W))
+        return self.base.stored(layer, "weight", self.padded(part, W))
 
     def write(self, layer: nn.Module, part: str, W: Tensor) -> None:
         rows = self._rows_of(self.base.matrix(layer, "weight").data, part)
         rows.copy_(W.view_as(rows))
 
-    def whole(self, part: str, W: Tensor) -> Tensor:
+    def padded(self, part: str, W: Tensor) -> Tensor:
         """Return rows of a part (rows of the part, in) as a whole matrix (rows, in), zero elsewhere."""
         start, stop = self.layout.parts[part]
         grouped = W.unflatten(0, (self.layout.groups, stop - start))
@@ -90,6 +91,12 @@ class FusedHost(AdditiveHost):
 
     def up(self, layer: nn.Module, part: str, z: Tensor, B: Tensor) -> Tensor:
         return self.base.up(layer, "weight", z, B)  # (..., rows of the part)
+
+    def whole(self, layer: nn.Module, part: str, x: Tensor, W: Tensor) -> Tensor:
+        return self.base.whole(layer, "weight", x, W)
+
+    def without_bias(self, layer: nn.Module, part: str, y: Tensor) -> Tensor:
+        return self.base.without_bias(layer, "weight", y)
 
     def channel(self, layer: nn.Module, part: str, v: Tensor) -> Tensor:
         start, stop = self.layout.parts[part]

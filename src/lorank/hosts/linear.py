@@ -9,6 +9,8 @@ from .base import AdditiveHost, NoHost, register
 
 @register(nn.Linear)
 class LinearHost(AdditiveHost):
+    multiplies_rows = True
+
     def matrix(self, layer: nn.Linear, part: str) -> Tensor:
         weight = self.weight(layer, part)
         if weight.shape != (layer.out_features, layer.in_features):
@@ -26,6 +28,9 @@ class LinearHost(AdditiveHost):
 
     def up(self, layer: nn.Linear, part: str, z: Tensor, B: Tensor) -> Tensor:
         return F.linear(z, B.to(z.dtype))  # (..., out)
+
+    def whole(self, layer: nn.Linear, part: str, x: Tensor, W: Tensor) -> Tensor:
+        return F.linear(x, W.to(x.dtype))
 
     def channel(self, layer: nn.Linear, part: str, v: Tensor) -> Tensor:
         return v  # outputs are the last dimension

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, AdapterWarning, raise_problems
 from ..idle import idle_experts, is_idle
+from .groups import is_fast, rates
 from .state import TrainState
 
 Batch = TypeVar("Batch")
@@ -27,6 +28,7 @@ class TrainConfig:
     weight_decay, betas, epsilon: of AdamW (Loshchilov & Hutter 2019).
     clip: largest norm of the gradient; None for no limit.
     accumulate: batches whose gradients make one step.
+    lora_plus: how many times as fast B learns as A (LoRA+); see `parameter_groups`.
     """
 
     steps: int | None = None
@@ -38,6 +40,7 @@ class TrainConfig:
     epsilon: float = 1e-8
     clip: float | None = 1.0
     accumulate: int = 1
+    lora_plus: float = 1.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -59,6 +62,8 @@ class TrainConfig:
             problems.append(f"clip is {self.clip}; it must be above 0, or None")
         if not isinstance(self.accumulate, int) or self.accumulate < 1:
             problems.append(f"accumulate is {self.accumulate}; it must be a whole number of at least 1")
+        if not 0 < self.lora_plus < math.inf:
+            problems.append(f"lora_plus is {self.lora_plus}; it must be above 0")
         raise_problems("TrainConfig cannot be set up like this", problems)
 
     def rate(self, index: int) -> float:
@@ -120,8 +125,13 @@ def train(
     names = [str(name) for name in parameters] if isinstance(parameters, Mapping) else []
     if not trained:
         raise AdapterError("cannot train: there are no parameters to train")
+    if config.lora_plus != 1 and not any(map(is_fast, names)):
+        raise AdapterError("cannot train: lora_plus needs the parameters with their names, and a B among them")
+    times = rates(names, config.lora_plus) if names else [1.0] * len(trained)
+    # One group a parameter only where there are two rates: their order is the one that a stored state has.
+    groups = [{"params": [p]} for p in trained] if config.lora_plus != 1 else [{"params": trained}]
     optimiser = torch.optim.AdamW(
-        trained,
+        groups,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.epsilon,
@@ -143,8 +153,8 @@ def train(
                 "changed nothing. Look for a square root or a logarithm of 0 in the model or the loss"
             )
         rate = config.rate(index)
-        for parameter_group in optimiser.param_groups:
-            parameter_group["lr"] = rate
+        for parameter_group, factor in zip(optimiser.param_groups, times, strict=False):  # one group has factor 1
+            parameter_group["lr"] = rate * factor
         optimiser.step()
         state.step = index
         yield Step(index, mean, norm, rate, weight)

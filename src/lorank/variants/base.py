@@ -21,7 +21,7 @@ class Adapter(nn.Module, ABC):
     It never owns the layer: the layer is an argument, as it is for a `Host`.
     """
 
-    additive: ClassVar[bool] = True  # y + f(x): any number of such adapters may be active together
+    additive: bool = True  # y + f(x): any number of such adapters may be active together
 
     @abstractmethod
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -93,6 +93,13 @@ class Update(Adapter):
             else:
                 self._buffers[name] = values
 
+    def rebase(self, layer: nn.Module) -> None:
+        """Start from the base that is there now, which has replaced another before anything was trained."""
+
+    def why_not_saved(self) -> str | None:
+        """Return why there is nothing to save yet; None when there is."""
+        return None
+
     def largest_change(self) -> float | None:
         """Return a bound of the numbers in ΔW that is cheap to compute; None where there is none."""
         return None
@@ -133,6 +140,7 @@ class Spec(ABC):
 
     rank: int = 8
     variant: ClassVar[str]  # the name in files and on the command line
+    bounded: ClassVar[bool] = True  # a rank above the matrix's own is of no use
 
     @property
     @abstractmethod
@@ -163,8 +171,12 @@ class Spec(ABC):
         """
         raise AdapterError(f"{type(self).__name__} has no low-rank form apart from its base")
 
+    def factors(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+        """Return A and B as they stand in a file that has a place for what else the method has; else `low_rank`."""
+        return self.low_rank(tensors, shape)
+
     def restored(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """Return the tensors of which `low_rank` made A and B; raises AdapterError when it cannot have made these."""
+        """Return the tensors of which `factors` made A and B; raises AdapterError when it cannot have made these."""
         raise AdapterError(f"{type(self).__name__} cannot be told from factors alone")
 
     def __str__(self) -> str:

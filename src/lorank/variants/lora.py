@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import raise_problems
 from ..hosts import AdditiveHost, Host
 from ..lowrank import INITIALISATIONS, delta, initialise, product
-from .base import Spec, Update, dtype_problems, materialised, number_problems, on_device_of, register
+from .base import Spec, dtype_problems, materialised, number_problems, on_device_of, register
+from .dropout import WithDropout
 
 
 @dataclass(frozen=True)
@@ -86,25 +86,26 @@ def factor_dtype(spec: Spec, weight: Tensor) -> torch.dtype:
     return getattr(spec, "dtype", None) or torch.promote_types(weight.dtype, torch.float32)
 
 
-class LoRAAdapter(Update):
+class LoRAAdapter(WithDropout):
     """A (rank, in) and B (out, rank) of one matrix; of a stack of n matrices A (n, rank, in) and B (n, out, rank)."""
 
     spec: LowRank
     partners = (("A", "B"),)
 
     def __init__(self, spec: LowRank, host: Host, layer: nn.Module, part: str, device: torch.device | None = None):
-        super().__init__()
-        self.spec, self.host, self.part = spec, host, part
-        self.scale = spec.scale
-        self.dropout = nn.Dropout(spec.dropout)
+        super().__init__(spec, host, part)
         weight = host.weight(layer, part)
         *stack, out, in_ = host.shape(layer, part)
         dtype = factor_dtype(spec, weight)
         device = device or weight.device
         self.A = nn.Parameter(torch.empty(*stack, spec.rank, in_, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(*stack, out, spec.rank, device=device, dtype=dtype))
+        self.add_tensors()
         if self.A.device.type != "meta":
             self.reset_parameters(layer)
+
+    def add_tensors(self) -> None:
+        """Make what a method has beside A and B, of their dtype and on their device, with no values yet."""
 
     def reset_parameters(self, layer: nn.Module) -> None:
         weight = self.host.weight(layer, self.part)
@@ -120,10 +121,7 @@ class LoRAAdapter(Update):
     def _add(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
         assert isinstance(host, AdditiveHost), "only these are asked to add to an output"
         materialised(self.A, x)
-        z = host.down(layer, part, x if host.lookup else self.dropout(x), down)  # (..., rank)
-        if host.lookup and self.training and self.spec.dropout:
-            # The input is one-hot: dropping its only non-zero element drops the whole row of a token.
-            z = z * F.dropout(z.new_ones(*z.shape[:-1], 1), self.spec.dropout)
+        z = self.dropped_lookup(host.down(layer, part, self.dropped(x), down))  # (..., rank)
         return host.add(layer, part, y, host.up(layer, part, self.scale * z, up))
 
     def at_start(self, layer: nn.Module) -> bool:
@@ -137,11 +135,7 @@ class LoRAAdapter(Update):
         return delta(self.A, self.B, self.scale)
 
     def change(self, layer: nn.Module) -> Tensor:
-        A = materialised(self.A, self.host.own(layer, self.part))
-        if self.training and self.spec.dropout:
-            # Nothing is known here of the layer's input but that it meets A: a column dropped is a feature dropped,
-            # of all inputs of this call.
-            A = A * F.dropout(A.new_ones(*A.shape[:-2], 1, A.shape[-1]), self.spec.dropout)
+        A = self.dropped_features(materialised(self.A, self.host.own(layer, self.part)))
         return self.host.stored(layer, self.part, product(A, self.B, self.scale))
 
     def extra_repr(self) -> str:

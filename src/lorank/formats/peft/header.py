@@ -191,14 +191,17 @@ def _restore(name: str, told: LayerAccount, update: LayerUpdate, method: Method,
 
 
 def _is_mirrored(copied: LayerUpdate, source: LayerUpdate, tie: Tie) -> bool:
-    (A, B), (down, up) = copied.pair(), source.pair()
-    expected = (up.T, down.T) if tie.transposed else (down, up)
-    return A.shape == expected[0].shape and torch.equal(A, expected[0]) and torch.equal(B, expected[1])
+    theirs, own = copied.tensors["weight"], source.tensors["weight"]
+    if tie.transposed:
+        own = {"A": own["B"].T, "B": own["A"].T} if own.keys() == {"A", "B"} else {}
+    return theirs.keys() == own.keys() and all(
+        theirs[key].shape == own[key].shape and torch.equal(theirs[key], own[key]) for key in own
+    )
 
 
 def _split_parts(name: str, parts: list[str], update: LayerUpdate, names: Names, problems: list[str]) -> bool:
     """Take the pair of a whole layer apart into its parts; tell whether that could be done."""
-    A, B = update.pair()
+    A, B = update.tensors["weight"]["A"], update.tensors["weight"]["B"]
     if name not in names.modules:
         problems.append(f"the file adapts parts of {name}, which this model has not")
         return False

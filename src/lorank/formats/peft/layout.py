@@ -47,7 +47,7 @@ def layout_of(update: LayerUpdate) -> Layout:
         return Layout(BLOCKS, len(update.tensors))
     if isinstance(host, ConvHost) or (host is None and len(update.shapes.get("weight", ())) > 2):
         return Layout(KERNEL, update.groups) if _fits_peft(update) else Layout(PARTS)
-    if host is None and any(A.dim() == 3 for A, _ in map(update.pair, update.tensors)):
+    if host is None and any(A.dim() == 3 for A, _ in map(update.factors, update.tensors)):
         return Layout(PARAMETERS)
     if isinstance(host, type(PARAMETER)) and all(len(shape) < 4 for shape in update.shapes.values()):
         return Layout(PARAMETERS)
@@ -61,7 +61,7 @@ def _fits_peft(update: LayerUpdate) -> bool:
 
     What is not written so, PEFT refuses: its rank would have to be a multiple of the groups.
     """
-    rank, groups = update.pair()[0].shape[0], update.groups
+    rank, groups = update.factors()[0].shape[0], update.groups
     inner, *kernel = update.shapes["weight"][1:]
     return groups <= rank or rank * groups * inner * groups * prod(kernel) <= _LARGEST_KERNEL
 
@@ -71,8 +71,8 @@ def written_pair(update: LayerUpdate) -> Pair:
     host, layout = update.host, layout_of(update)
     if isinstance(host, FusedHost):
         rows = host.layout
-        return stack_blocks([(*update.pair(part), rows.index(part)) for part in update.tensors], rows.rows)
-    A, B = update.pair()
+        return stack_blocks([(*update.factors(part), rows.index(part)) for part in update.tensors], rows.rows)
+    A, B = update.factors()
     return _kernels(A, B, update.shapes["weight"], layout.blocks) if layout.kind == KERNEL else (A, B)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import AdapterError, enumerate_names
 from ...hosts import own_parameter
 from ...names import Names, lies_in
-from ...variants import LowRank, Spec
+from ...variants import DoRA, LowRank, Spec
 from ..content import Content, LayerUpdate
 from .config import bias_of, spec_by_pattern, spec_of
 from .header import Account
@@ -33,16 +33,16 @@ def encode_tensors(content: Content) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, update in content.updates.items():
         for path, named in _written(name, update, method):
-            suffixes = dict(method.suffixes)
-            if method.pairs and update.lookup:
-                suffixes |= _LOOKUP
+            suffixes = method.suffixes | _LOOKUP if method.pairs and update.lookup else method.suffixes
             tensors |= {_key(path, suffixes[key]): tensor for key, tensor in named.items()}
     for name, tie in content.tied.items():  # PEFT is given factors of its own for each layer
-        A, B = written_pair(content.updates[tie.source])
-        down, up = (B.T, A.T) if tie.transposed else (A, B)
-        lookup = content.updates[tie.source].lookup != tie.transposed  # an embedding that mirrors one, or a head
-        kinds = _LOOKUP if lookup else method.suffixes
-        tensors[_key(name, kinds["A"])], tensors[_key(name, kinds["B"])] = down.clone(), up.clone()
+        source = content.updates[tie.source]
+        lookup = method.pairs and source.lookup != tie.transposed  # an embedding that mirrors one, or a head
+        for path, named in _written(name, source, method):
+            if tie.transposed:
+                named = {"A": named["B"].T, "B": named["A"].T}
+            suffixes = method.suffixes | _LOOKUP if lookup else method.suffixes
+            tensors |= {_key(path, suffixes[key]): tensor.clone() for key, tensor in named.items()}
     tensors |= method.shared(content)
     for name, (_, rows) in content.tokens.items():
         tensors[_key(name, _ROWS)] = rows
@@ -62,16 +62,16 @@ def _written(name: str, update: LayerUpdate, method: Method) -> Iterator[tuple[s
 
     def of_part(part: str, pair: Callable[[], Pair]) -> dict[str, Tensor]:
         if not method.pairs:
-            return update.tensors[part]
+            return method.written(update.tensors[part], update.shapes.get(part, ()))
         A, B = pair()
         return {"A": A, "B": B} | method.beside_pair(update, part)
 
     if kind == PARAMETERS:
         for path, part in zip(_nested(name, len(update.tensors)), update.tensors, strict=True):
-            yield path, of_part(part, lambda part=part: written_stack(*update.pair(part)))
+            yield path, of_part(part, lambda part=part: written_stack(*update.factors(part)))
     elif kind == PARTS:
         for part in update.tensors:
-            yield f"{name}.{part}".removeprefix("."), of_part(part, lambda part=part: update.pair(part))
+            yield f"{name}.{part}".removeprefix("."), of_part(part, lambda part=part: update.factors(part))
     else:
         yield name, of_part("weight", lambda: written_pair(update))
 
@@ -90,7 +90,8 @@ def decode(
 ) -> Content:
     """Return what the tensors are; what is wrong with them goes into the content's `problems`."""
     problems: list[str] = []
-    content = Content(spec_of(config, method, problems), bias=bias_of(config, method), problems=problems)
+    bias = bias_of(config, method) if account is None else account.bias
+    content = Content(spec_of(config, method, problems), bias=bias, problems=problems)
     factors: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     lookups: set[str] = set()
@@ -98,6 +99,8 @@ def decode(
         path = key.removeprefix(_PREFIX).replace("_orig_mod.", "")
         in_copy = account is not None and any(path.startswith(f"{name}.") for name in account.copies)
         factor = None if in_copy else method.match(path)
+        if factor and factor[1] == "magnitude" and not isinstance(content.spec, DoRA):
+            factor = None
         refused = next((what for token, what in _REFUSED_KEYS.items() if f".{token}" in f".{path}"), None)
         if factor:
             layer, kind = factor
@@ -205,7 +208,7 @@ def _decode_place(
             return
         spec, named = read
     else:
-        spec, named = method.read(tensors, spec), dict(tensors)
+        spec, named = method.read(tensors, spec), method.restored(tensors)
     update = content.updates.setdefault(place.layer, LayerUpdate(spec, {}, by_parts=place.parameter))
     if spec != update.spec:
         update.specs[place.part] = spec
@@ -243,7 +246,11 @@ def _read_pair(
         alpha = spec.alpha / (blocks**0.5 if spec.rank_stabilised else blocks)
         spec = dataclasses.replace(spec, rank=spec.rank // blocks, alpha=alpha)
     beside = {name: tensor for name, tensor in tensors.items() if name not in ("A", "B")}
-    return spec, {"A": read[0], "B": read[1]} | {name: tensor.flatten() for name, tensor in beside.items()}
+    if isinstance(spec, DoRA) and "magnitude" not in beside:
+        return "the file lacks its lora_magnitude_vector, and adapter_config.json says use_dora"
+    if place.layer == place.path:  # PEFT gives the magnitudes of a convolution the dimensions of its output
+        beside = {name: tensor.flatten() for name, tensor in beside.items()}
+    return spec, {"A": read[0], "B": read[1]} | beside
 
 
 def _decode_tokens(config: Mapping[str, Any], rest: dict[str, Tensor], names: Names, content: Content) -> None:

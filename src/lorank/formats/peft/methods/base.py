@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ....errors import AdapterError
+from ....hosts import ConvHost, LinearHost
 from ....names import Names
 from ....variants import Spec
 from ...content import Content, LayerUpdate
-from ..layout import Layout
+from ..layout import MATRIX, PARTS, Layout
 
 # Settings of every method that say for what and whom an adapter is, and nothing about its tensors.
 _COMMON = frozenset(
@@ -32,7 +33,7 @@ class Method(ABC):
     alpha_setting: ClassVar[str | None] = "alpha"
     pairs: ClassVar[bool] = False  # each update is one pair of factors in the file, whatever the method
     rank_patterns: ClassVar[bool] = True  # layers may differ in rank and alpha
-    suffixes: ClassVar[Mapping[str, str]]  # {name of a tensor of ours: end of PEFT's key}
+    suffixes: ClassVar[dict[str, str]]  # {name of a tensor of ours: end of PEFT's key}
     harmless: ClassVar[frozenset[str]] = frozenset()  # settings that say how it was trained, beside those of every one
     meaningful: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # settings, with the values that lorank can honour
 
@@ -72,6 +73,14 @@ class Method(ABC):
                 return path.removesuffix(suffix).removesuffix("."), name
         return None
 
+    def written(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Return the tensors of a part shaped as PEFT has them; `shape` is that of the layer's parameter."""
+        return dict(tensors)
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of a file shaped as ours are."""
+        return dict(tensors)
+
     def read(self, tensors: Mapping[str, Tensor], spec: Spec) -> Spec:
         """Return the spec of a layer with these tensors, where they can say more of it than the settings."""
         return spec
@@ -90,6 +99,14 @@ class Method(ABC):
         Raises AdapterError for what cannot be kept.
         """
         return spec
+
+
+def lycoris_layout(update: LayerUpdate) -> Layout:
+    """Return how the methods that PEFT has from LyCORIS lie in its file: it has them of these layers alone."""
+    host = update.host
+    linear = type(host) is LinearHost
+    conv = isinstance(host, ConvHost) and len(update.shapes["weight"]) in (3, 4)
+    return Layout(MATRIX if host is None or linear or conv else PARTS)
 
 
 METHODS: dict[str, Method] = {}  # by PEFT's name

@@ -1,0 +1,95 @@
+"""calibrate: run a few batches for methods whose factors start from data (EVA, LoRA-GA)."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import Adapted
+from .errors import AdapterError, enumerate_names, raise_problems
+from .surgery import adapter_parameters, named_or_active, set_active
+from .tree import adapted_layers, entries, require_not_folded, unwrapped
+from .variants import Adapter, CalibratedAdapter, EVAAdapter, deal_ranks
+
+Batch = TypeVar("Batch")
+
+
+def calibrate(
+    model: nn.Module,
+    loss: Callable[[Batch], Tensor | tuple[Tensor, Any] | None],
+    batches: Iterable[Batch],
+    name: str | None = None,
+    *,
+    mask: Callable[[Batch], Tensor] | None = None,
+) -> dict[str, int]:
+    """Let an adapter see its data, and return the rank of each of its matrices, {label: rank}.
+
+    To be called after `adapt` and before an optimiser is made: the adapter's parameters are new ones afterwards. The
+    model computes with its base alone meanwhile, in the train or eval mode that it is in, and computes the same as its
+    base afterwards. Without a name it is the active adapter.
+
+    loss: runs the model on a batch. What it returns is differentiated for LoRA-GA, as `train` does it; for EVA it does
+        not matter.
+    batches: a few, read once: EVA needs more inputs of each layer than its rank, LoRA-GA a gradient.
+    mask: returns which tokens of a batch count for EVA, (rows, tokens), so that padding does not.
+
+    Raises AdapterError when there is nothing to calibrate, for layers that did not run, and values that are not
+    finite; then nothing has changed.
+    """
+    model = unwrapped(model)
+    require_not_folded(model, "cannot calibrate")
+    names = named_or_active(model, name, "calibrate")
+    found = _leaves(model, names)
+    if not found:
+        raise AdapterError(f"cannot calibrate: {enumerate_names(names)} starts from no data; it is ready to train")
+    before = {id(layer): layer.adapters.active for layer in adapted_layers(model).values()}
+    gradient = any(leaf.needs_gradient for _, leaf in found.values())
+    untouched = [p for n in names for p in adapter_parameters(model, n).values() if p.grad is None]
+    count = 0
+    try:
+        set_active(model, tuple(names))
+        for layer, leaf in found.values():
+            leaf.begin(layer)
+        with torch.set_grad_enabled(gradient):
+            for batch in batches:
+                for _, leaf in found.values():
+                    vars(leaf)["mask"] = None if mask is None else mask(batch).bool()
+                value = loss(batch)
+                if gradient:
+                    _backward(value)
+                count += 1
+        if not count:
+            raise AdapterError("cannot calibrate: there are no batches")
+        reasons = {label: leaf.problem() for label, (_, leaf) in found.items()}
+        raise_problems("cannot calibrate", [f"{label}: {reason}" for label, reason in reasons.items() if reason])
+        deal_ranks([leaf for _, leaf in found.values() if isinstance(leaf, EVAAdapter)])
+        for layer, leaf in found.values():
+            leaf.start(layer)
+    finally:
+        for _, leaf in found.values():
+            leaf.end()
+        for parameter in untouched:  # heads and biases beside it
+            parameter.grad = None
+        for layer in adapted_layers(model).values():
+            layer.adapters.activate(before.get(id(layer), ()))
+    return {label: leaf.spec.rank for label, (_, leaf) in found.items()}
+
+
+def _leaves(model: nn.Module, names: list[str]) -> dict[str, tuple[Adapted, CalibratedAdapter]]:
+    found = {}
+    for name in names:
+        for layer_name, (layer, entry) in entries(model, name).items():
+            for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
+                if isinstance(leaf, CalibratedAdapter):
+                    found[layer_name if leaf.part == "weight" else f"{layer_name}[{leaf.part}]"] = (layer, leaf)
+    return found
+
+
+def _backward(value: Any) -> None:
+    value = value[0] if isinstance(value, tuple) else value
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise AdapterError("cannot calibrate: loss(batch) must return the loss, of which a gradient can be taken")
+    if not torch.isfinite(value):
+        raise AdapterError(f"cannot calibrate: the loss of a batch is {float(value.detach())}")
+    value.backward()

@@ -1,0 +1,63 @@
+"""LOKR: `lokr_w1` and `lokr_w2`, or their factors `_a` (rows, rank) and `_b` (rank, columns)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ....variants import LoKr, Spec
+from ...content import Content, LayerUpdate
+from ..layout import PARTS, Layout
+from .base import Method, lycoris_layout, register
+
+
+@register
+class LoKrMethod(Method):
+    peft_type = "LOKR"
+    specs = (LoKr,)
+    suffixes: ClassVar = {
+        **{"C": "lokr_w1", "CB": "lokr_w1_a", "CA": "lokr_w1_b"},
+        **{"D": "lokr_w2", "DB": "lokr_w2_a", "DA": "lokr_w2_b"},
+    }
+    harmless = frozenset(
+        {
+            *("rank_dropout", "module_dropout", "use_effective_conv2d", "decompose_both", "decompose_factor"),
+            "rank_dropout_scale",
+        }
+    )
+
+    def layout(self, update: LayerUpdate) -> Layout:
+        specs = {(s.factor, s.decompose_both) for s in map(update.spec_of, update.tensors) if isinstance(s, LoKr)}
+        return lycoris_layout(update) if len(specs) == 1 else Layout(PARTS)
+
+    def rank_alpha(self, update: LayerUpdate, part: str) -> tuple[int, float]:
+        spec = update.spec_of(part)
+        return spec.rank, spec.scale * spec.rank
+
+    def settings(self, content: Content) -> dict[str, Any]:
+        spec = content.spec
+        assert isinstance(spec, LoKr), "the method writes no other"
+        return {
+            "rank_dropout": 0.0,
+            "module_dropout": 0.0,
+            "use_effective_conv2d": False,
+            "decompose_both": spec.decompose_both,
+            "decompose_factor": spec.factor,
+        }
+
+    def spec(self, config: Mapping[str, Any]) -> Spec:
+        return LoKr(
+            rank=8 if config.get("r") is None else config["r"],
+            alpha=8 if config.get("alpha") is None else config["alpha"],
+            factor=-1 if config.get("decompose_factor") is None else config["decompose_factor"],
+            decompose_both=bool(config.get("decompose_both")),
+        )
+
+    def written(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Return the tensors with the kernel of a convolution in D, which PEFT has there."""
+        if len(shape) > 2 and "D" in tensors:
+            return {**tensors, "D": tensors["D"].unflatten(-1, (-1, *shape[2:]))}
+        return dict(tensors)
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**tensors, "D": tensors["D"].flatten(1)} if "D" in tensors else dict(tensors)
