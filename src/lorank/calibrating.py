@@ -40,7 +40,7 @@ def calibrate(
     model = unwrapped(model)
     require_not_folded(model, "cannot calibrate")
     names = named_or_active(model, name, "calibrate")
-    found = _leaves(model, names)
+    found = calibrated_leaves(model, names)
     if not found:
         raise AdapterError(f"cannot calibrate: {enumerate_names(names)} starts from no data; it is ready to train")
     before = {id(layer): layer.adapters.active for layer in adapted_layers(model).values()}
@@ -76,7 +76,8 @@ def calibrate(
     return {label: leaf.spec.rank for label, (_, leaf) in found.items()}
 
 
-def _leaves(model: nn.Module, names: list[str]) -> dict[str, tuple[Adapted, CalibratedAdapter]]:
+def calibrated_leaves(model: nn.Module, names: list[str]) -> dict[str, tuple[Adapted, CalibratedAdapter]]:
+    """Return {label: (layer, adapter)} of all matrices of adapters that start from data."""
     found = {}
     for name in names:
         for layer_name, (layer, entry) in entries(model, name).items():

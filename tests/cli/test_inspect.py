@@ -147,9 +147,9 @@ def test_a_file_of_the_real_peft_is_read(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_honoured_are_a_problem(tmp_path: Path) -> None:
     adapter_in(tmp_path / "adapter", models.llama(), ["q_proj"])
     file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_bias": True}))
     found = CliRunner().invoke(app, ["inspect", str(tmp_path / "adapter")])
-    assert found.exit_code == 1 and "PROBLEM: adapter_config.json: use_dora is True" in found.stdout
+    assert found.exit_code == 1 and "PROBLEM: adapter_config.json: lora_bias is True" in found.stdout
 
 
 def test_a_run_stands_for_its_adapter(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_a_loss_that_explodes_leaves_the_last_checkpoint_and_adapter(llama: Path
                 run.prepared.model.model.norm.weight.fill_(float("nan"))
     assert cases.same(cases.values(run), before)
     assert [record["step"] for record in cases.metrics(folder)] == [0, 1, 2, 3, 3, 4, 5]
-    stored, state, progress = checkpoint.read(folder)
+    stored, state, progress, _ = checkpoint.read(folder)
     assert state.step == 4 and progress.best["step"] == 3
     assert stored.keys() == before.keys()
     load_adapted(None, [str(folder)])

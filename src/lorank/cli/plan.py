@@ -13,7 +13,8 @@ def plan(
     targets: Annotated[
         str, typer.Option(help="layers: names, patterns, all-linear, attention, !exclusions")
     ] = "all-linear",
-    rank: Annotated[int, typer.Option(min=1)] = 8,
+    method: Annotated[str, typer.Option(help="lora, dora, pissa, vera, ...")] = "lora",
+    rank: Annotated[int | None, typer.Option(min=1, help="default: the method's, mostly 8", show_default=False)] = None,
     alpha: Annotated[float | None, typer.Option(help="default: twice the rank", show_default=False)] = None,
     train_also: Annotated[str | None, typer.Option(help="modules to train whole", show_default=False)] = None,
     bias: Annotated[str, typer.Option(help="none, adapted or all")] = "none",
@@ -34,6 +35,7 @@ def plan(
     \b
     Examples:
       lorank plan HuggingFaceTB/SmolLM2-135M
+      lorank plan HuggingFaceTB/SmolLM2-135M --method vera
       lorank plan roberta-base --task classification --targets query,value --rank 8
       lorank plan path/to/model --targets 'c_attn\\[q,v]' --rank 4 --json
     """
@@ -51,6 +53,7 @@ def plan(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UsageError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
     keys: dict[str, Any] = {"targets": targets, "rank": rank, "alpha": alpha, "train_also": train_also, "bias": bias}
+    keys["method"] = method
     recipe = Recipe(model=model, data="-", task=task, gradient_checkpointing=gradient_checkpointing, **keys)
     empty = empty_base(model, task, dtype=getattr(torch, dtype), labels=labels)
     made = adapt_base(recipe, empty)

@@ -5,6 +5,7 @@ in the data and the best scores as JSON in the header. No pickle, and no way to 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,25 +38,35 @@ class Progress:
     tokens: int = 0  # read in training so far
 
 
-def write(folder: Path, model: nn.Module, name: str, state: TrainState, progress: Progress) -> None:
-    """Replace the run's checkpoint."""
+def write(
+    folder: Path,
+    model: nn.Module,
+    name: str,
+    state: TrainState,
+    progress: Progress,
+    budget: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Replace the run's checkpoint; `budget` is that of `RankBudget.tensors`."""
     tensors = {f"train.{key}": tensor for key, tensor in state.tensors().items()}
     tensors |= {f"adapter.{key}": tensor for key, tensor in _own(model, name).items()}
+    tensors |= {f"budget.{key}": tensor for key, tensor in (budget or {}).items()}
     packed = safetensors_file.pack(tensors, {_KEY: json.dumps(asdict(progress), sort_keys=True)})
     safetensors_file.write_atomically({folder / FILE: packed})
 
 
-def read(folder: Path) -> tuple[dict[str, Tensor], TrainState, Progress]:
-    """Return the adapter's tensors, the state of the training and the run's progress."""
+def read(folder: Path) -> tuple[dict[str, Tensor], TrainState, Progress, dict[str, Tensor]]:
+    """Return the adapter's tensors, the state of the training, the run's progress and its budget of ranks."""
     path = folder / FILE
     _, tensors, metadata = safetensors_file.read(path)
     try:
         progress = Progress(**json.loads(metadata[_KEY]))
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path} is no checkpoint of a run, or of another lorank's ({error})") from None
-    adapter = {key.removeprefix("adapter."): t for key, t in tensors.items() if key.startswith("adapter.")}
-    stored = {key.removeprefix("train."): t for key, t in tensors.items() if key.startswith("train.")}
-    return adapter, TrainState.of(stored), progress
+    adapter, stored, budget = (
+        {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        for prefix in ("adapter.", "train.", "budget.")
+    )
+    return adapter, TrainState.of(stored), progress, budget
 
 
 @torch.no_grad()

@@ -33,8 +33,8 @@ from ..tasks import CausalLM, Classification, Regression, Task, Tensors
 from ..tasks.base import to_device
 from ..training import TrainConfig
 from ..training.rate import suggested_rate
-from ..variants import LoRA
 from .columns import choose_columns, named_labels
+from .method import show_data, spec_of
 from .recipe import Recipe
 
 ADAPTER = "default"  # the adapter's name on the model of a run
@@ -122,6 +122,8 @@ def prepare(recipe: Recipe) -> Prepared:
 
     order = Order([len(example.ids) for example in train], recipe.batch_size, recipe.seed)
     recipe, config = _schedule(recipe, order, base, remarks)
+    plan, seen = show_data(recipe, plan, base.model, task, train, order, device)
+    remarks += seen
     recipe = dataclasses.replace(
         recipe,
         model=_from_anywhere(recipe.model),
@@ -131,6 +133,7 @@ def prepare(recipe: Recipe) -> Prepared:
         device=str(device),
         max_length=task.max_length,
         train_also=list(plan.copies),
+        rank=plan.spec.rank,
         alpha=getattr(plan.spec, "alpha", None),
         best=_choose_best(recipe, task),
     )
@@ -159,13 +162,7 @@ def adapt_base(recipe: Recipe, model: Any, fresh: Sequence[str] = ()) -> Plan:
         )
     return adapt(
         model,
-        LoRA(
-            rank=recipe.rank,
-            alpha=2 * recipe.rank if recipe.alpha is None else recipe.alpha,
-            dropout=recipe.dropout,
-            rank_stabilised=recipe.rank_stabilised,
-            init=recipe.init,  # type: ignore[arg-type]  # the recipe has checked it
-        ),
+        spec_of(recipe),
         recipe.targets,
         ADAPTER,
         ranks=recipe.ranks,
@@ -262,8 +259,7 @@ def _schedule(recipe: Recipe, order: Order, base: Base, remarks: list[str]) -> t
     rate = recipe.learning_rate
     if rate is None:
         config = getattr(base.model.config, "get_text_config", lambda: base.model.config)()
-        alpha = 2 * recipe.rank if recipe.alpha is None else recipe.alpha
-        scale = alpha / (math.sqrt(recipe.rank) if recipe.rank_stabilised else recipe.rank)
+        scale = spec_of(recipe).scale
         if not isinstance(getattr(config, "hidden_size", None), int):
             raise AdapterError("no learning rate can be suggested for this model: it has no hidden_size; give one")
         rate = suggested_rate(config.hidden_size, scale)
@@ -286,6 +282,7 @@ def _schedule(recipe: Recipe, order: Order, base: Base, remarks: list[str]) -> t
         epsilon=recipe.epsilon,
         clip=recipe.clip,
         accumulate=recipe.accumulate,
+        lora_plus=recipe.lora_plus,
     )
     output = recipe.output or f"runs/{Path(recipe.data).stem}-{Path(recipe.model.rstrip('/')).name}"
     filled = {"steps": steps, "learning_rate": rate, "eval_every": every, "output": output}

@@ -11,6 +11,10 @@ from typing import Any, get_args, get_type_hints
 from ..errors import AdapterError, did_you_mean, raise_problems
 from ..extras import require
 
+METHODS = (
+    *("lora", "dora", "pissa", "olora", "milora", "eva", "lora-ga", "lora-fa"),
+    *("vera", "adalora", "loha", "lokr"),
+)
 TASKS = ("auto", "causal-lm", "classification", "regression")
 
 
@@ -60,11 +64,14 @@ class Recipe:
     targets: list[str] = _key(
         ["all-linear"], _ADAPTER, "layers to adapt: names, patterns, all-linear, attention, !exclusions"
     )
-    rank: int = _key(8, _ADAPTER, "rank of the update")
+    method: str = _key("lora", _ADAPTER, ", ".join(METHODS))
+    method_options: dict[str, Any] = _key({}, _ADAPTER, "what else the method has, {option: value}")
+    rank: int | None = _key(None, _ADAPTER, "rank of the update; default: 8, of vera 256, of adalora 12")
     alpha: float | None = _key(None, _ADAPTER, "numerator of the scale alpha/rank; default: twice the rank")
     dropout: float = _key(0.0, _ADAPTER, "dropout on the update's input")
     rank_stabilised: bool = _key(False, _ADAPTER, "scale by alpha/√rank")
     init: str = _key("kaiming", _ADAPTER, "kaiming or gaussian")
+    calibrate: int = _key(8, _ADAPTER, "batches that methods see first that start from data (eva, lora-ga)")
     ranks: dict[str, int] = _key({}, _ADAPTER, "rank by pattern, {pattern: rank}")
     alphas: dict[str, float] = _key({}, _ADAPTER, "alpha by pattern, {pattern: alpha}")
     bias: str = _key("none", _ADAPTER, "train biases: none, adapted or all")
@@ -80,6 +87,7 @@ class Recipe:
     learning_rate: float | None = _key(None, _TRAINING, "highest rate; default: suggested from the model's shape")
     schedule: str = _key("linear", _TRAINING, "constant, linear or cosine")
     warmup: float = _key(0.05, _TRAINING, "steps of linear warm-up, or below 1 a share of all steps")
+    lora_plus: float = _key(1.0, _TRAINING, "how many times as fast B learns as A (LoRA+: about 16)")
     weight_decay: float = _key(0.0, _TRAINING, "weight decay of AdamW")
     betas: list[float] = _key([0.9, 0.999], _TRAINING, "betas of AdamW")
     epsilon: float = _key(1e-8, _TRAINING, "epsilon of AdamW")
@@ -189,6 +197,8 @@ _WRONG = object()
 
 def _as(kind: Any, value: Any) -> Any:
     """Return a value as a field's type has it, or _WRONG."""
+    if kind is Any:
+        return value
     options = get_args(kind) if type(None) in get_args(kind) else (kind,)
     if value is None or (value == "none" and type(None) in options):
         return None if type(None) in options else _WRONG
@@ -243,11 +253,13 @@ def _value_problems(recipe: Recipe) -> list[str]:
         ("dtype", ("auto", "float32", "bfloat16")),
         ("bias", ("none", "adapted", "all")),
         ("init", ("kaiming", "gaussian")),
+        ("method", METHODS),
     ):
         if getattr(recipe, name) not in known:
             problems.append(f"{name} is {getattr(recipe, name)!r}; it must be one of {', '.join(known)}")
     for name in (
         "rank",
+        "calibrate",
         "batch_size",
         "accumulate",
         "steps",
@@ -263,7 +275,7 @@ def _value_problems(recipe: Recipe) -> list[str]:
     for name in ("eval_share", "dropout", "label_smoothing"):
         if not 0 <= getattr(recipe, name) < 1:
             problems.append(f"{name} is {getattr(recipe, name)}; it must lie in [0, 1)")
-    for name in ("epochs", "learning_rate", "clip"):
+    for name in ("epochs", "learning_rate", "clip", "lora_plus"):
         value = getattr(recipe, name)
         if value is not None and not value > 0:
             problems.append(f"{name} is {value}; it must be above 0")

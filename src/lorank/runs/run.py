@@ -22,7 +22,8 @@ from ..health import Watch
 from ..surgery import adapter_parameters
 from ..tasks import Tensors
 from ..tasks.base import evaluating, to_device
-from ..training import Step, TrainState, train
+from ..training import RankBudget, Step, TrainState, train
+from ..variants import AdaLoRA
 from ..version import __version__
 from . import checkpoint, metrics
 from .prepare import ADAPTER, Prepared, seed_everything
@@ -82,6 +83,8 @@ class Run:
         self.folder = Path(self.recipe.output).expanduser()
         self.state = TrainState()
         self.stopping = False
+        self.budget: RankBudget | None = None  # of ranks, of AdaLoRA
+        self._stored_budget: dict[str, Tensor] = {}
         self.progress = checkpoint.Progress(
             data=prepared.data_digest(),
             base=prepared.base_digest(),
@@ -120,6 +123,9 @@ class Run:
         try:
             if self.state.step == 0 and self.prepared.held_out:
                 yield self._evaluate(log)
+            if isinstance(self.prepared.plan.spec, AdaLoRA):
+                self.budget = RankBudget(model, config.steps, ADAPTER)
+                self.budget.restore(self._stored_budget)
             watch = Watch(model, ADAPTER, steps=min(5, config.steps - self.state.step))
             model.train()
             began = time.perf_counter()
@@ -127,6 +133,8 @@ class Run:
                 adapter_parameters(model, ADAPTER), self._loss, self._batches(), config, state=self.state
             ):
                 self.remarks += watch()
+                if self.budget is not None:
+                    self.budget.update(step.index)
                 yield self._note(step, time.perf_counter() - began, log)
                 last = step.index == config.steps
                 if self.prepared.held_out and (last or step.index % recipe.eval_every == 0):
@@ -136,7 +144,7 @@ class Run:
                     if self.prepared.held_out:
                         self.remarks.append(f"no evaluation had a number for '{self._best}': the last adapter was kept")
                 if last or self.stopping or step.index % recipe.checkpoint_every == 0:
-                    checkpoint.write(self.folder, model, ADAPTER, self.state, self.progress)
+                    checkpoint.write(self.folder, model, ADAPTER, self.state, self.progress, self._budget_tensors())
                 if self.stopping and not last:
                     break
                 began = time.perf_counter()
@@ -184,7 +192,11 @@ class Run:
             yield to_device(batch, self.prepared.device)
 
     def _loss(self, batch: Tensors) -> tuple[Tensor, int]:
-        return self.prepared.task.loss(self.prepared.model, batch)
+        summed, weight = self.prepared.task.loss(self.prepared.model, batch)
+        return summed if self.budget is None else summed + weight * self.budget.penalty(), weight
+
+    def _budget_tensors(self) -> dict[str, Tensor]:
+        return self._stored_budget if self.budget is None else self.budget.tensors()
 
     def _evaluate(self, log: metrics.Metrics) -> Evaluated:
         """Score the held-out examples, and keep the adapter if it is the best so far."""
@@ -228,7 +240,7 @@ class Run:
         if not (self.folder / checkpoint.FILE).is_file():
             self.remarks.append("the run was stopped before its first checkpoint: it begins anew")
             return
-        adapter, self.state, found = checkpoint.read(self.folder)
+        adapter, self.state, found, self._stored_budget = checkpoint.read(self.folder)
         other = [what for what in ("data", "base", "recipe") if getattr(found, what) != getattr(self.progress, what)]
         if other:
             raise AdapterError(

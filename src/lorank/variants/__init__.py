@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from .base import Adapter, Spec, Update, materialised, on_device_of, register
+from .base import METHODS, Adapter, Spec, Update, materialised, on_device_of, register
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -25,6 +25,7 @@ from .vera import VeRA, VeRAAdapter  # noqa: E402
 
 __all__ = [
     "EVA",
+    "METHODS",
     "AdaLoRA",
     "AdaLoRAAdapter",
     "Adapter",

@@ -193,12 +193,12 @@ class Spec(ABC):
         """Return the spec that `to_json` described; raises AdapterError for an unknown variant or field."""
         values = dict(stored)
         name = values.pop("variant", None)
-        if name not in _VARIANTS:
-            raise AdapterError(f"unknown variant {name!r}; this lorank knows {', '.join(sorted(_VARIANTS))}")
+        if name not in METHODS:
+            raise AdapterError(f"unknown variant {name!r}; this lorank knows {', '.join(sorted(METHODS))}")
         if isinstance(values.get("dtype"), str):
             values["dtype"] = getattr(torch, values["dtype"], values["dtype"])  # what is no dtype, the spec refuses
         try:
-            return _VARIANTS[name](**values)
+            return METHODS[name](**values)
         except TypeError as error:
             raise AdapterError(f"the {name} spec in the file does not fit this lorank: {error}") from None
 
@@ -227,7 +227,7 @@ def dtype_problems(dtype: object) -> list[str]:
 
 S = TypeVar("S", bound=type[Spec])
 
-_VARIANTS: dict[str, type[Spec]] = {}
+METHODS: dict[str, type[Spec]] = {}
 
 
 def register(name: str) -> Callable[[S], S]:
@@ -235,7 +235,7 @@ def register(name: str) -> Callable[[S], S]:
 
     def add(spec: S) -> S:
         spec.variant = name
-        _VARIANTS[name] = spec
+        METHODS[name] = spec
         return spec
 
     return add
