@@ -23,9 +23,13 @@ from lorank.cli import app
 from lorank.errors import AdapterError
 
 from . import checkpoints, models
+from .hub_server import Hub, connected
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "eval", "generate", "merge", "inspect", "plan", "demo")  # each page goes on from the one before
+COMMANDS = (  # each page goes on from the one before
+    *("train", "eval", "generate", "merge", "inspect", "plan", "demo"),
+    *("convert", "combine", "resize", "scale", "diff", "extract", "push", "pull"),
+)
 CHAPTERS = [
     *([page] for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))),
     [ROOT / "docs" / "commands" / f"{name}.md" for name in COMMANDS],
@@ -38,14 +42,17 @@ FILE = re.compile(r"# (\S+\.(?:yaml|jsonl))$", re.MULTILINE)
 
 @pytest.fixture
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Yield what a page's code may take for granted: a model in path/to/model, and batches for it."""
+    """Yield what a page's code may take for granted: a model in path/to/model, batches for it, and a hub."""
     models.llama().save_pretrained(tmp_path / "path" / "to" / "model")
     write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    registries = (formats.FORMATS, hosts.base._HOSTS, hosts.fused_qkv._LAYOUTS, variants.base._VARIANTS)
+    registries = (formats.FORMATS, hosts.base._HOSTS, hosts.fused_qkv._LAYOUTS, variants.METHODS)
     before: list[dict[Any, Any]] = [dict(registry) for registry in registries]
     batches = [{"input_ids": ids, "labels": ids} for ids in (models.ids(2, 6) for _ in range(4))]
-    yield {"__name__": "docs", "batches": batches}
+    hub = Hub()
+    hub.big = 10**9
+    with hub.running(), connected(hub, tmp_path / "home"):
+        yield {"__name__": "docs", "batches": batches}
     for registry, content in zip(registries, before, strict=True):  # what a page registered goes with it
         registry.clear()
         registry.update(content)
@@ -80,7 +87,8 @@ def run_console(block: str) -> list[tuple[str, str, str]]:
 
 
 def masked(text: str) -> str:
-    """Return a text in which every number looks alike, and blanks between words do."""
+    """Return a text in which every number looks alike, blanks between words do, and any hub is the real one."""
+    text = re.sub(r"http://127\.0\.0\.1:\d+", "https://huggingface.co", text)
     text = re.sub(r"\d[\d,.:]*(?:e[+-]?\d+)?", "0", text)
     return "\n".join(re.sub(r"[ \t-]+", " ", line).strip() for line in text.strip().splitlines())
 

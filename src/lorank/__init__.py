@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from .arithmetic import extract
     from .arithmetic.on_model import combine, resize
     from .calibrating import calibrate
+    from .converting import convert
     from .errors import AdapterError, AdapterWarning
     from .formats import load, save
     from .health import check
+    from .hub import pull, push
     from .merge_report import MergeReport
     from .merging import merge, merged
     from .planning import Plan, plan
@@ -53,6 +55,7 @@ __all__ = [
     "calibrate",
     "check",
     "combine",
+    "convert",
     "disabled",
     "extract",
     "load",
@@ -60,6 +63,8 @@ __all__ = [
     "merged",
     "parameter_groups",
     "plan",
+    "pull",
+    "push",
     "remove",
     "reset",
     "resize",
@@ -71,9 +76,11 @@ _HOMES = {
     "arithmetic": ("extract",),
     "arithmetic.on_model": ("combine", "resize"),
     "calibrating": ("calibrate",),
+    "converting": ("convert",),
     "errors": ("AdapterError", "AdapterWarning"),
     "formats": ("load", "save"),
     "health": ("check",),
+    "hub": ("pull", "push"),
     "merge_report": ("MergeReport",),
     "merging": ("merge", "merged"),
     "planning": ("Plan", "plan"),
@@ -81,7 +88,7 @@ _HOMES = {
     "training": ("RankBudget", "Step", "TrainConfig", "TrainState", "parameter_groups", "train"),
     "tree": ("active_adapters", "adapter_names"),
     "variants": (
-        *("EVA", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAGA", "AdaLoRA", "DoRA", "MiLoRA", "OLoRA", "PiSSA", "VeRA"),
+        *("EVA", "AdaLoRA", "DoRA", "LoHa", "LoKr", "LoRA", "LoRAFA", "LoRAGA", "MiLoRA", "OLoRA", "PiSSA", "VeRA"),
     ),
 }
 

@@ -45,16 +45,19 @@ def calibrate(
         raise AdapterError(f"cannot calibrate: {enumerate_names(names)} starts from no data; it is ready to train")
     before = {id(layer): layer.adapters.active for layer in adapted_layers(model).values()}
     gradient = any(leaf.needs_gradient for _, leaf in found.values())
-    untouched = [p for n in names for p in adapter_parameters(model, n).values() if p.grad is None]
+    gradients = [(p, p.grad) for n in names for p in adapter_parameters(model, n).values()]  # heads and biases too
     count = 0
     try:
         set_active(model, tuple(names))
+        for parameter, _ in gradients:
+            parameter.grad = None
         for layer, leaf in found.values():
             leaf.begin(layer)
         with torch.set_grad_enabled(gradient):
             for batch in batches:
+                counted = None if mask is None else mask(batch).bool()
                 for _, leaf in found.values():
-                    vars(leaf)["mask"] = None if mask is None else mask(batch).bool()
+                    vars(leaf)["mask"] = counted
                 value = loss(batch)
                 if gradient:
                     _backward(value)
@@ -69,8 +72,8 @@ def calibrate(
     finally:
         for _, leaf in found.values():
             leaf.end()
-        for parameter in untouched:  # heads and biases beside it
-            parameter.grad = None
+        for parameter, gradient_before in gradients:
+            parameter.grad = gradient_before
         for layer in adapted_layers(model).values():
             layer.adapters.activate(before.get(id(layer), ()))
     return {label: leaf.spec.rank for label, (_, leaf) in found.items()}

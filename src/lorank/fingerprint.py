@@ -68,27 +68,32 @@ def fingerprint(W: Tensor, stored_as: str | None = None, samples_alone: bool = F
 
 
 def compare(then: Fingerprint, W: Tensor, stored_as: str | None = None) -> Comparison:
-    """Compare a matrix with a fingerprint taken earlier.
+    """Compare a matrix with a fingerprint taken earlier, as `compare_fingerprints` does."""
+    return compare_fingerprints(then, fingerprint(W, stored_as, samples_alone=then.checksum is None))
 
-    In the same dtype every bit counts, where there is a checksum. In another dtype the samples must be roundings of
+
+def compare_fingerprints(then: Fingerprint, now: Fingerprint) -> Comparison:
+    """Compare two fingerprints of what may be the same matrix.
+
+    In the same dtype every bit counts, where both have a checksum. In another dtype the samples must be roundings of
     one value. Where one of the two is packed, they must only be much nearer to each other than two unrelated matrices
     are: `difference` says how near they are.
     """
-    now = fingerprint(W, stored_as, samples_alone=then.checksum is None)
+    whole = then.checksum is not None and now.checksum is not None
     gap = torch.where(then.samples == now.samples, 0.0, (then.samples - now.samples).abs())
     norm = float(torch.linalg.vector_norm(then.samples))
     difference = float(torch.linalg.vector_norm(gap)) / norm if norm else float(gap.max())
-    if then.dtype == now.dtype and then.checksum is not None and then.checksum == now.checksum:
+    if then.dtype == now.dtype and whole and then.checksum == now.checksum:
         same = True
     elif then.dtype == now.dtype and not _is_dtype(now.dtype):
         same = difference < _SAME_PACKING
-    elif then.dtype == now.dtype and then.checksum is not None:
+    elif then.dtype == now.dtype and whole:
         same = False
     elif _is_dtype(then.dtype) and _is_dtype(now.dtype):
         # Each is off by at most half a unit in the last place of its dtype, and of the coarser one that is at most
         # half its epsilon of the larger value. The absolute term covers float16's subnormal range.
         # Samples alone cannot tell in which dtypes a matrix was in between.
-        between = [] if then.checksum is not None else ["bfloat16"]
+        between = [] if whole else ["bfloat16"]
         coarse = max(_epsilon(name) for name in [then.dtype, now.dtype, *between])
         allowed = coarse * torch.maximum(then.samples.abs(), now.samples.abs()) + 6e-8
         same = bool((gap <= allowed).all())

@@ -16,7 +16,10 @@ from lorank.cli import app
 from .. import checkpoints
 from .running import run
 
-COMMANDS = ["train", "eval", "generate", "merge", "inspect", "plan"]
+COMMANDS = [
+    *("train", "eval", "generate", "merge", "inspect", "plan"),
+    *("combine", "resize", "scale", "extract", "diff", "push", "pull"),
+]
 # What words of a command line come out of its help as they are; rich would take some brackets for markup.
 EXAMPLES = {
     "train": ["lorank train recipe.yaml --dry-run"],
@@ -25,6 +28,13 @@ EXAMPLES = {
     "merge": ["lorank merge --adapter runs/e2e --out merged"],
     "inspect": ["lorank inspect adapters/sst2 --all --json"],
     "plan": ["lorank plan path/to/model --targets 'c_attn[q,v]' --rank 4 --json"],
+    "combine": ["lorank combine adapters/sst2 adapters/polite --weights 0.7,0.3 --output adapters/both"],
+    "resize": ["lorank resize runs/e2e --energy 0.99 --output adapters/small"],
+    "scale": ["lorank scale adapters/toxic -1 --output adapters/less-toxic"],
+    "extract": ["lorank extract path/to/base path/to/tuned --rank 16 --output adapters/tuned"],
+    "diff": ["lorank diff adapters/sst2 adapters/mnli"],
+    "push": ["lorank push runs/e2e my-name/e2e-lora --license apache-2.0"],
+    "pull": ["lorank pull my-name/many --path checkpoint-500"],
 }
 
 

@@ -3,13 +3,21 @@
 import typer
 
 from ..version import __version__
+from .combine import combine
 from .console import run_app
+from .convert import convert
 from .demo import demo
+from .diff import diff
 from .eval import evaluate
+from .extract import extract
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
 from .plan import plan
+from .pull import pull
+from .push import push
+from .resize import resize
+from .scale import scale
 from .train import train
 
 app = typer.Typer(
@@ -28,6 +36,15 @@ app.command("generate")(generate)
 app.command("merge")(merge)
 app.command("inspect")(inspect)
 app.command("plan")(plan)
+app.command("convert")(convert)
+app.command("combine")(combine)
+app.command("resize")(resize)
+# -1 is a number, and no option
+app.command("scale", context_settings={"ignore_unknown_options": True})(scale)
+app.command("extract")(extract)
+app.command("diff")(diff)
+app.command("push")(push)
+app.command("pull")(pull)
 
 
 def _version(wanted: bool) -> None:

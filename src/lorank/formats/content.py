@@ -44,6 +44,7 @@ class LayerUpdate:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the parameters, by part; known then too
     matrices: dict[str, tuple[int, ...]] = field(default_factory=dict)  # (out, in) by part, where that is known
     lookup: bool = False  # of an embedding: A is looked up, and has a column for every token
+    transposed: bool = False  # the layer's weight is stored as (in, out), which the update's own tensors are not
     groups: int = 1  # of a convolution
     by_parts: bool = False  # the file says which parts these are; else they are the whole layer
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
@@ -115,14 +116,11 @@ def gather(model: nn.Module, name: str) -> Content:
                 if reason := leaf.why_not_saved():
                     problems.append(f"{layer_name}: {reason}")
                 update = content.updates.setdefault(layer_name, LayerUpdate(leaf.spec, {}, host=leaf.host))
-                update.lookup = leaf.host.lookup
-                update.groups = getattr(layer, "groups", 1) if isinstance(leaf.host, ConvHost) else 1
-                update.shapes[leaf.part] = tuple(leaf.host.own(layer, leaf.part).shape)
                 if leaf.spec != update.spec:
                     update.specs[leaf.part] = leaf.spec
+                note_layer(update, layer, leaf.host, leaf.part)
                 update.tensors[leaf.part] = {key: _collected(tensor) for key, tensor in leaf.tensors().items()}
                 with suppress(NoHost):  # a weight that was sharded or parametrised since cannot be recognised later
-                    update.matrices[leaf.part] = leaf.host.shape(layer, leaf.part)
                     W = leaf.host.matrix(layer, leaf.part)
                     if not W.is_meta:
                         update.fingerprints[leaf.part] = fingerprint(W, leaf.host.dtype_name(layer, leaf.part))
@@ -135,6 +133,16 @@ def gather(model: nn.Module, name: str) -> Content:
     if content.biases:
         content.bias = "adapted" if content.biases.keys() <= content.updates.keys() else "all"
     return content
+
+
+def note_layer(update: LayerUpdate, layer: nn.Module, host: Host, *parts: str) -> None:
+    """Note in an update what its layer is, and the shapes of some parts; of all that it has, if none is named."""
+    update.host, update.lookup, update.transposed = host, host.lookup, host.transposed
+    update.groups = getattr(layer, "groups", 1) if isinstance(host, ConvHost) else 1
+    for part in parts or [part for part in host.parts(layer) if part in update.tensors]:
+        update.shapes[part] = tuple(host.own(layer, part).shape)
+        with suppress(NoHost):  # it was sharded or parametrised since
+            update.matrices[part] = host.shape(layer, part)
 
 
 def _collected(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..tied import TOKENS, Tie, mirrors, sharing, tie_of
 from ..ties import Ties
 from ..tokens import TokenRows, find_tokens
 from ..variants import Adapter, Update
-from .content import Content, LayerUpdate, own_tensors
+from .content import Content, LayerUpdate, note_layer, own_tensors
 
 
 def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_other_base: bool) -> Plan:
@@ -116,6 +116,22 @@ def _fit_tokens(
         rows.offset.data.copy_(values.to(rows.offset.device, rows.offset.dtype) - rows.rows_of_base(layer))
         parts.setdefault(canonical, {})[TOKENS] = rows
     return found.ties
+
+
+def bind(model: nn.Module, content: Content, problems: list[str]) -> None:
+    """Note in what was read from a file which layers of a model it is for; what does not fit goes into `problems`.
+
+    The model may be on the meta device, and is not changed.
+    """
+    names = Names(model)
+    for canonical, host, update in located(content, names, problems):
+        layer = names.modules[canonical]
+        unknown = update.tensors.keys() - host.parts(layer)
+        problems += [f"{canonical} has no part {part}, which the file adapts" for part in unknown]
+        for part in update.tensors.keys() - unknown:
+            place = Place(canonical, part, layer, host, update.spec_of(part), host.shape(layer, part))
+            problems += tensor_problems(place, update.tensors[part])
+        note_layer(update, layer, host)
 
 
 def _fit_updates(

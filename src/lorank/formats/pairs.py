@@ -58,7 +58,7 @@ def pair_of(name: str, update: LayerUpdate) -> Pair:
         if list(update.tensors) != ["weight"]:
             raise AdapterError(f"its parts {enumerate_names(update.tensors)} are matrices of their own")
         if any(len(shape) > 2 for shape in update.shapes.values()):
-            raise AdapterError("it is a convolution, or a stack of matrices")
+            raise AdapterError("its weight is no plain matrix (a convolution, a stack, a bilinear form)")
         A, B = update.pair()
     except AdapterError as error:
         raise AdapterError(f"{name}: {error}") from None

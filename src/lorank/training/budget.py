@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, enumerate_names
 from ..surgery import named_or_active
 from ..tree import entries, unwrapped
 from ..variants import AdaLoRA, AdaLoRAAdapter, Adapter
@@ -72,7 +72,11 @@ class RankBudget:
         """Take note of the gradients of a step, set what falls out of the budget to zero, and return what is left.
 
         To be called after the optimiser's step, with the gradients still there, as in the body of `lorank.train`.
+        Raises AdapterError late in a training of which it has not seen what came before.
         """
+        needed = "importance" if index == self.stop else "dropped"
+        if index >= self.stop and not any(key.endswith(f".{needed}") for key in self.state):
+            raise AdapterError(f"this budget of ranks knows nothing of the steps before {index}; restore its tensors")
         if index < self.stop:
             self._observe()
         if self.start < index <= self.stop and (index == self.stop or index % self.spec.interval == 0):
@@ -88,13 +92,20 @@ class RankBudget:
 
     def restore(self, stored: dict[str, Tensor]) -> None:
         """Take up what `tensors` returned; raises AdapterError for that of another adapter."""
+        state: dict[str, Tensor] = {}
+        labels = set()
         for key, tensor in stored.items():
             label, _, kind = key.rpartition(".")
-            label, name = (label, "E") if kind == "dropped" else label.rsplit(".", 1)
+            label, _, name = (label, "", "E") if kind == "dropped" else label.rpartition(".")
+            labels.add(label)
             leaf = self.adapters.get(label)
             if leaf is None or name not in ("A", "B", "E") or tensor.shape != getattr(leaf, name).shape:
                 raise AdapterError(f"the stored budget of ranks is of another adapter: {key} {tuple(tensor.shape)}")
-        self.state = {key: tensor.clone() for key, tensor in stored.items()}
+            state[key] = tensor.to(leaf.E.device, copy=True)  # a file's tensors are on the CPU
+        lacking = sorted(self.adapters.keys() - labels) if labels else []
+        if lacking:
+            raise AdapterError(f"the stored budget of ranks lacks {enumerate_names(lacking)}")
+        self.state = state
 
     def _observe(self) -> None:
         for label, leaf in self.adapters.items():

@@ -1,6 +1,5 @@
 """Variant: a spec that a user writes and a file stores, and the adapter module it builds for one matrix."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -208,8 +207,9 @@ def number_problems(spec: object, **rules: str) -> list[str]:
     problems = []
     for name, rule in rules.items():
         value = getattr(spec, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if rule == "rank" and not (isinstance(value, int) and number and value >= 1):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = number and abs(value) < 1e300 and value == value  # of a whole number beyond floats isfinite raises
+        if rule == "rank" and not (isinstance(value, int) and number and 1 <= value < 2**31):
             problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
         elif rule == "factor" and not (number and 0 < abs(value) < 1e30):
             problems.append(f"{name} is {value!r}; it must be a finite number other than 0, or nothing would train")

@@ -92,7 +92,8 @@ class DoRAAdapter(LoRAAdapter):
     def _gain(self, layer: nn.Module) -> Tensor:
         """Return m / ‖W + scale · B A‖, (out,); 1 where a row is zero and has no direction."""
         norm = self._norm(layer)
-        return torch.where(norm > 0, self.magnitude / norm, 1.0)
+        # Not divided by 0 at all, or the magnitude would get NaN for a gradient.
+        return torch.where(norm > 0, self.magnitude / torch.where(norm > 0, norm, 1.0), 1.0)
 
     @torch.no_grad()
     def _norm(self, layer: nn.Module) -> Tensor:

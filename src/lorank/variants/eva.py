@@ -70,9 +70,11 @@ class EVAAdapter(CalibratedAdapter):
         return y
 
     def problem(self) -> str | None:
+        if not self.seen.finite:
+            return "its inputs hold NaN or Inf"
         if self.seen.count <= self.spec.rank:
             return f"{self.seen.count} inputs were seen, which have no {self.spec.rank} directions; give more batches"
-        return None if torch.isfinite(self.seen.directions).all() else "its inputs hold NaN or Inf"
+        return None
 
     @torch.no_grad()
     def start(self, layer: nn.Module) -> None:
@@ -110,14 +112,17 @@ class PrincipalDirections:
     def __init__(self, number: int):
         self.number = number
         self.count = 0
+        self.finite = True  # all rows so far
         self.mean: Tensor = torch.zeros(())
-        self.scaled: Tensor = torch.zeros(0)  # S Vᵀ of what was seen, (number, in)
+        self.directions: Tensor = torch.zeros(0)  # orthonormal rows, (number, in), the one that explains most first
+        self.lengths: Tensor = torch.zeros(0)  # the singular values, (number,)
         self.variance = 0.0  # of all rows together, times their count
 
     def add(self, rows: Tensor) -> None:
         """Take note of rows (n, in)."""
         rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-        if not len(rows):
+        self.finite &= bool(torch.isfinite(rows).all())
+        if not len(rows) or not self.finite:
             return
         mean = rows.mean(dim=0)
         centred = rows - mean
@@ -126,22 +131,13 @@ class PrincipalDirections:
             total = self.count + len(rows)
             between = (self.count * len(rows) / total) ** 0.5 * (self.mean - mean)
             self.variance += float(between.square().sum())
-            centred = torch.cat([self.scaled, centred, between[None]])
+            centred = torch.cat([self.lengths[:, None] * self.directions, centred, between[None]])
             mean = self.mean + (mean - self.mean) * (len(rows) / total)
         _, S, V = torch.linalg.svd(centred, full_matrices=False)
-        self.scaled = S[: self.number, None] * V[: self.number]
+        self.lengths, self.directions = S[: self.number], V[: self.number]
         self.count, self.mean = self.count + len(rows), mean
-
-    @property
-    def directions(self) -> Tensor:
-        """Orthonormal rows, (number, in), the one that explains most first."""
-        return self.scaled / self._lengths.clamp(min=torch.finfo(self.scaled.dtype).tiny)[:, None]
 
     @property
     def shares(self) -> Tensor:
         """The share of the variance that each explains, (number,)."""
-        return self._lengths.square() / max(self.variance, 1e-30)
-
-    @property
-    def _lengths(self) -> Tensor:
-        return torch.linalg.vector_norm(self.scaled, dim=-1)
+        return self.lengths.square() / max(self.variance, 1e-30)

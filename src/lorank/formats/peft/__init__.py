@@ -6,16 +6,15 @@ that the safetensors header carries lorank's own account of the adapter; see `he
 """
 
 import json
-import pickle
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterError
 from ...names import Names
 from .. import safetensors_file
 from ..content import Content, Given, outputs_of_head
+from ..pickles import read_pickle
 from .config import check_config, encode_config, read_config
 from .header import apply_account, encode_header, read_header
 from .tensors import decode, encode_tensors
@@ -27,8 +26,23 @@ _TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classification"}
 
 def detect(path: Path) -> bool:
     """Tell whether the path is an adapter in PEFT's layout: a directory, or its safetensors file."""
-    folder = path if path.is_dir() else path.parent
-    return (folder / CONFIG).is_file() and (path.is_dir() or path.suffix == ".safetensors")
+    if path.is_dir():
+        return (path / CONFIG).is_file() and (_has_tensors(path) or _says_peft(path / CONFIG))
+    return path.suffix == ".safetensors" and (path.name == TENSORS or _says_peft(path.parent / CONFIG))
+
+
+def _has_tensors(folder: Path) -> bool:
+    return (folder / TENSORS).is_file() or (folder / PICKLE).is_file()
+
+
+def _says_peft(config: Path) -> bool:
+    """Tell whether a configuration is PEFT's: other tools have files of this name too."""
+    if not config.is_file():
+        return False
+    try:
+        return "peft_type" in read_config(config)
+    except AdapterError:
+        return True  # damaged, which reading it will say
 
 
 def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
@@ -37,7 +51,7 @@ def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
         raise AdapterError(f"cannot save: {path} is a file; an adapter is a directory")
     packed = safetensors_file.pack(encode_tensors(content))
     packed = safetensors_file.with_metadata(packed, encode_header(content, packed))
-    text = json.dumps(encode_config(content, model or nn.Module()), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(encode_config(content, model), indent=2, sort_keys=True) + "\n"
     # The tensors go first: their header alone says what they are, should the second file never arrive.
     files = {path / TENSORS: packed, path / CONFIG: text.encode()}
     safetensors_file.write_atomically(files)
@@ -74,14 +88,7 @@ def _read_pickle(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
     file = folder / PICKLE
     if not file.is_file():
         raise AdapterError(f"{folder} has no {TENSORS}")
-    if not allow_pickle:
-        raise AdapterError(
-            f"{folder} has no {TENSORS}, and {PICKLE} is a pickle: pass allow_pickle=True if you trust its origin"
-        )
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    tensors = read_pickle(file, allow_pickle)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise AdapterError(f"{file} holds no dictionary of tensors")
     return tensors

@@ -21,6 +21,7 @@ from .methods import METHODS, Method, method_of
 
 # What settings that lorank reads must be, where they are not null.
 _KINDS: dict[str, Any] = {
+    "task_type": str,
     "r": int,
     "init_r": int,
     "alpha": (int, float),
@@ -32,15 +33,21 @@ _KINDS: dict[str, Any] = {
     "modules_to_save": (list, str),
     "target_modules": (list, str),
     "exclude_modules": (list, str),
+    "enable_lora": list,
+    "peft_version": str,
 }
 
 
-def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
-    """Return the configuration with which PEFT computes what the adapter does."""
+def encode_config(content: Content, model: nn.Module | None) -> dict[str, Any]:
+    """Return the configuration with which PEFT computes what the adapter does, on a model where that is known."""
     method = method_of(content)
     layouts = {name: method.layout(update) for name, update in content.updates.items()}
     stacks = [name for name, layout in layouts.items() if layout.kind == PARAMETERS]
-    unknown = [name for name, layout in layouts.items() if layout.kind == PARTS or _read_by_pytorch(name, model)]
+    unknown = [
+        name
+        for name, layout in layouts.items()
+        if layout.kind == PARTS or (model is not None and _read_by_pytorch(name, model))
+    ]
     reasons = [f"{name}: only lorank reads this layer" for name in unknown]
     of_layer: dict[str, tuple[int, float | None]] = {}  # by the names that PEFT's patterns are matched with
     for name, update in content.updates.items():
@@ -58,12 +65,12 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
         reasons.append(
             f"{method.peft_type} has one rank and alpha for all layers in PEFT, and this adapter has several"
         )
-    config = getattr(model, "config", None)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or content.base_model
     settings = {
         "peft_type": method.peft_type,
         "task_type": _task_type(model, content),
         "auto_mapping": None,
-        "base_model_name_or_path": _hub_id(getattr(config, "_name_or_path", None)),
+        "base_model_name_or_path": _hub_id(base),
         "revision": None,
         "inference_mode": True,
         method.rank_setting: rank,
@@ -80,7 +87,7 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
         settings |= {"rank_pattern": ranks, "alpha_pattern": alphas, "exclude_modules": None}
     if method.adapted_bias is not None:
         settings["bias"] = {"none": "none", "adapted": method.adapted_bias, "all": "all"}[content.bias]
-        settings["fan_in_fan_out"] = any(u.host is not None and u.host.transposed for u in content.updates.values())
+        settings["fan_in_fan_out"] = any(update.transposed for update in content.updates.values())
     elif content.biases:
         reasons.append(f"{method.peft_type} trains no biases in PEFT, and this adapter does")
     if method.peft_type == "LORA":
@@ -88,6 +95,7 @@ def encode_config(content: Content, model: nn.Module) -> dict[str, Any]:
         settings["trainable_token_indices"] = {n: ids for n, (ids, _) in sorted(content.tokens.items())} or None
         if stacks:
             settings["lora_dropout"] = 0.0  # PEFT refuses parameters with another; it is for training alone
+            settings["peft_version"] = "0.19.1"  # the first that had stacks as they are written here
     elif content.tokens:
         reasons.append(f"{method.peft_type} trains no rows of tokens in PEFT, and this adapter does")
     # PEFT refuses a file that has this alone. It would load what it knows, and not the rest.
@@ -106,10 +114,10 @@ def parameters_of(content: Content, names: Iterable[str]) -> list[str]:
     return [f"{name}.{part}".removeprefix(".") for name in names for part in content.updates[name].tensors]
 
 
-def _target_modules(names: list[str], model: nn.Module) -> list[str] | str:
+def _target_modules(names: list[str], model: nn.Module | None) -> list[str] | str:
     """Return full names, which PEFT takes as endings too; where one is the end of another, an exact pattern."""
     layers = sorted(names)
-    others = [name for name, _ in model.named_modules() if name not in layers]
+    others = [name for name, _ in model.named_modules() if name not in layers] if model is not None else []
     ambiguous = any(name.endswith(f".{layer}") for name in others for layer in layers if len(name) > len(layer))
     return "|".join(re.escape(layer) for layer in layers) if ambiguous or "" in layers else layers
 
@@ -128,7 +136,9 @@ def _hub_id(name: Any) -> str | None:
     return name if is_id else None
 
 
-def _task_type(model: nn.Module, content: Content) -> str | None:
+def _task_type(model: nn.Module | None, content: Content) -> str | None:
+    if model is None:
+        return {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}.get(content.task or "")
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"

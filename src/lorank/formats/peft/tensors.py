@@ -3,20 +3,30 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ...errors import AdapterError, enumerate_names
-from ...hosts import own_parameter
 from ...names import Names, lies_in
 from ...variants import DoRA, LowRank, Spec
 from ..content import Content, LayerUpdate
 from .config import bias_of, spec_by_pattern, spec_of
 from .header import Account
-from .layout import PARAMETERS, PARTS, Pair, read_kernels, read_stack, written_pair, written_stack
+from .layout import (
+    PARAMETERS,
+    PARTS,
+    Pair,
+    read_kernels,
+    read_merged,
+    read_stack,
+    read_third,
+    written_pair,
+    written_stack,
+)
 from .methods import Method, method_of
+from .older import in_todays_terms
+from .places import Place, nested, places_of
 
 _PREFIX = "base_model.model."
 _LOOKUP = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
@@ -67,18 +77,13 @@ def _written(name: str, update: LayerUpdate, method: Method) -> Iterator[tuple[s
         return {"A": A, "B": B} | method.beside_pair(update, part)
 
     if kind == PARAMETERS:
-        for path, part in zip(_nested(name, len(update.tensors)), update.tensors, strict=True):
+        for path, part in zip(nested(name, len(update.tensors)), update.tensors, strict=True):
             yield path, of_part(part, lambda part=part: written_stack(*update.factors(part)))
     elif kind == PARTS:
         for part in update.tensors:
             yield f"{name}.{part}".removeprefix("."), of_part(part, lambda part=part: update.factors(part))
     else:
         yield name, of_part("weight", lambda: written_pair(update))
-
-
-def _nested(name: str, parameters: int) -> list[str]:
-    """Return PEFT's paths for adapted parameters of one module, in their order: it wraps one in the next."""
-    return [name + ".base_layer" * (parameters - 1 - i) for i in range(parameters)]
 
 
 def _key(name: str, suffix: str) -> str:
@@ -90,6 +95,7 @@ def decode(
 ) -> Content:
     """Return what the tensors are; what is wrong with them goes into the content's `problems`."""
     problems: list[str] = []
+    config = config if account is not None or not method.rank_patterns else in_todays_terms(config)
     bias = bias_of(config, method) if account is None else account.bias
     content = Content(spec_of(config, method, problems), bias=bias, problems=problems)
     factors: dict[str, dict[str, Tensor]] = {}
@@ -121,10 +127,12 @@ def decode(
         content.spec = method.take_shared(rest, content.spec, names)
     except AdapterError as error:
         problems.append(str(error))
-    for place in _places(factors, config, account, names, problems):
+    for place in places_of(factors, config, account, names, problems):
         _decode_place(place, factors[place.path], config, method, content)
     for layer in lookups & content.updates.keys():
         content.updates[layer].lookup = True
+    for update in content.updates.values():
+        update.transposed = bool(config.get("fan_in_fan_out"))
     _decode_tokens(config, rest, names, content)
     _decode_rest(config, rest, account, names, content)
     if account is None:
@@ -132,72 +140,8 @@ def decode(
     return content
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One pair of factors of a file: of which layer and part it is, and how it lies in the file."""
-
-    path: str  # in the tensors' names
-    layer: str
-    part: str = "weight"
-    parameter: bool = False  # in PEFT's layout of parameters,
-    experts: int = 0  # as a stack of so many matrices, or of one
-
-    @property
-    def matched_as(self) -> str:
-        """The name that PEFT's patterns are matched with."""
-        return f"{self.layer}.{self.part}".removeprefix(".") if self.parameter else self.layer
-
-
-def _places(
-    factors: Mapping[str, object],
-    config: Mapping[str, Any],
-    account: Account | None,
-    names: Names,
-    problems: list[str],
-) -> list[_Place]:
-    """Return what each pair of factors in a file belongs to."""
-    found: dict[str, _Place] = {}
-    for name, told in account.layers.items() if account is not None else ():
-        if told.layout == PARAMETERS:
-            paths = zip(_nested(name, len(told.parts)), told.parts, strict=True)
-            found |= {path: _Place(path, name, part, True, told.stacks.get(part, 0)) for path, part in paths}
-        elif told.layout == PARTS:
-            paths = ((f"{name}.{part}".removeprefix("."), part) for part in told.parts)
-            found |= {path: _Place(path, name, part) for path, part in paths}
-    if account is not None:
-        parameters = {place.matched_as for place in found.values() if place.parameter}
-        if parameters != set(config.get("target_parameters") or []):
-            problems.append(
-                f"target_parameters is {config.get('target_parameters')!r} in adapter_config.json, the tensors' own "
-                f"header has {sorted(parameters)}"
-            )
-    else:
-        for name, parameters in _target_parameters(config, names, problems).items():
-            for path, part in zip(_nested(name, len(parameters)), parameters, strict=True):
-                weight = own_parameter(names.modules[name], part)
-                found[path] = _Place(path, name, part, True, weight.shape[0] if weight.dim() == 3 else 0)
-        problems += [f"{path}: the file lacks its factors" for path in found if path not in factors]
-    return [found.get(path) or _Place(path, path) for path in factors]
-
-
-def _target_parameters(config: Mapping[str, Any], names: Names, problems: list[str]) -> dict[str, list[str]]:
-    """Return {module: its parameters} that `target_parameters` names, which PEFT takes as endings."""
-    wanted = config.get("target_parameters") or []
-    if not isinstance(wanted, list):
-        problems.append(f"adapter_config.json: target_parameters is {wanted!r}")
-        return {}
-    found: dict[str, list[str]] = {}
-    for entry in wanted:
-        matches = names.parameters_matching(str(entry)) if "*" not in str(entry) else []
-        if not matches and names.modules.keys() - {""}:
-            problems.append(f"adapter_config.json: target_parameters names '{entry}', which this model has not")
-        for name, part in matches:
-            found.setdefault(name, []).append(part)
-    return {name: [part for part in names.modules[name]._parameters if part in parts] for name, parts in found.items()}
-
-
 def _decode_place(
-    place: _Place, tensors: Mapping[str, Tensor], config: Mapping[str, Any], method: Method, content: Content
+    place: Place, tensors: Mapping[str, Tensor], config: Mapping[str, Any], method: Method, content: Content
 ) -> None:
     """Put the tensors of one place into the content."""
     spec = spec_by_pattern(config, method, content.spec, place.matched_as, content.problems)
@@ -209,7 +153,8 @@ def _decode_place(
         spec, named = read
     else:
         spec, named = method.read(tensors, spec), method.restored(tensors)
-    update = content.updates.setdefault(place.layer, LayerUpdate(spec, {}, by_parts=place.parameter))
+    by_parts = place.parameter or place.third is not None
+    update = content.updates.setdefault(place.layer, LayerUpdate(spec, {}, by_parts=by_parts))
     if spec != update.spec:
         update.specs[place.part] = spec
     update.tensors[place.part] = named
@@ -220,18 +165,23 @@ def _decode_place(
 
 
 def _read_pair(
-    place: _Place, tensors: Mapping[str, Tensor], spec: Spec, method: Method
+    place: Place, tensors: Mapping[str, Tensor], spec: Spec, method: Method
 ) -> tuple[Spec, dict[str, Tensor]] | str:
     """Return the spec and tensors of one pair of factors of a layer's matrix, or what is wrong with it."""
     missing = {"A", "B"} - tensors.keys()
     if missing:
         return f"the file lacks lora_{missing.pop()}"
     A, B = tensors["A"], tensors["B"]
+    merged = A.dim() == 2 and B.dim() == 3 and any(place.enabled)
     read: Pair | str
     if place.parameter:
-        read = read_stack(A, B, place.experts)
+        read = read_stack(A, B, place.experts, place.swapped)
     elif A.dim() > 2 and place.layer == place.path:
-        read = read_kernels(A, B)
+        read = read_kernels(A, B, place.channels)
+    elif merged:
+        read = read_merged(A, B, place.enabled)
+    elif place.third is not None:
+        read = read_third(A, B, place.third)
     else:
         read = (A, B)
     if isinstance(read, str):
@@ -239,12 +189,13 @@ def _read_pair(
     blocks = max(A.shape[0] // max(B.shape[1], 1), 1) if A.dim() > 2 and not place.parameter else 1
     if read[0].dim() < 2 or read[1].dim() < 2 or read[0].shape[-2] != read[1].shape[-1]:
         return f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair of factors"
-    written_rank = read[0].shape[-2] * blocks
-    if written_rank != spec.rank:
+    times = sum(place.enabled) if merged else 1  # the rank of each part
+    written_rank, rest = divmod(read[0].shape[-2] * blocks, times)
+    if written_rank != spec.rank or rest:
         return f"its factors have rank {written_rank}, adapter_config.json says {spec.rank}"
-    if blocks > 1 and isinstance(spec, LowRank):
-        alpha = spec.alpha / (blocks**0.5 if spec.rank_stabilised else blocks)
-        spec = dataclasses.replace(spec, rank=spec.rank // blocks, alpha=alpha)
+    if isinstance(spec, LowRank) and not blocks == times == place.additions == 1:
+        alpha = spec.alpha / (blocks**0.5 if spec.rank_stabilised else blocks) * times * place.additions
+        spec = dataclasses.replace(spec, rank=spec.rank // blocks * times, alpha=alpha)
     beside = {name: tensor for name, tensor in tensors.items() if name not in ("A", "B")}
     if isinstance(spec, DoRA) and "magnitude" not in beside:
         return "the file lacks its lora_magnitude_vector, and adapter_config.json says use_dora"
@@ -300,7 +251,10 @@ def _decode_rest(
         for name in content.updates:
             layer = names.modules.get(name)
             if layer is not None and layer._parameters.get("bias") is not None and name not in content.biases:
-                content.problems.append(f"{name}: bias is 'lora_only', and the file lacks its bias")
+                content.problems.append(
+                    f"{name}: bias is 'lora_only', and the file lacks its bias (PEFT 0.7 to 0.20 trained such biases "
+                    "and did not save them; with bias 'none' in adapter_config.json the rest can be loaded)"
+                )
 
 
 def _plain_path(path: str, names: Names) -> str:

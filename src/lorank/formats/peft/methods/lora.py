@@ -52,6 +52,7 @@ class LoRAMethod(Method):
             ),
             *("eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size"),
             *("ensure_weight_tying", "target_parameters", "trainable_token_indices", "runtime_config"),
+            *("enable_lora", "merge_weights"),  # of PEFT 0.1 and 0.2
         }
     )
 

@@ -1,0 +1,121 @@
+"""lorank convert: an adapter in another format."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import AdapterError
+from .console import err, out, result, say
+from .options import Json
+
+
+def convert(
+    adapter: Annotated[str, typer.Argument(help="folder of an adapter or of a run, or a file; told by what it holds")],
+    target: Annotated[str, typer.Option("--output", "-o", help="file or folder of the result")],
+    to: Annotated[str, typer.Option("--to", help="peft, vllm, loralib, gguf, mlx or kohya")] = "peft",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="the base, of which the configuration alone is read", show_default=False),
+    ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option("--verify", help="load this base, and compare its outputs with both", show_default=False),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="of a file that does not store it (loralib)", show_default=False)
+    ] = None,
+    parts: Annotated[
+        str | None,
+        typer.Option(help="of a fused projection that a loralib file adapts: q,v", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an adapter that is there")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="open a pickle, if you trust its origin")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter in another tool's format, and say what was kept, folded, or cannot be done.
+
+    The source is recognised by its content. Formats whose names or rows depend on the base (GGUF, kohya, torchtune)
+    need --model. Where the new format has one rank or scale for all layers, the others are folded into B, which
+    changes nothing in the outputs. What it cannot hold is an error, and nothing is written.
+
+    \b
+    Examples:
+      lorank convert runs/e2e --to vllm --output served
+      lorank convert adapters/sst2 --to gguf --model HuggingFaceTB/SmolLM2-135M -o sst2.gguf
+      lorank convert mnli.bin --alpha 16 --allow-pickle --model roberta-base -o mnli --verify roberta-base
+    """
+    from ..runs.loading import folder_of
+
+    place = folder_of(adapter)
+    path = Path(target).expanduser()
+    if not force and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        raise AdapterError(f"{target} is there already; --force replaces an adapter in it")
+    given: dict[str, Any] = {"allow_pickle": allow_pickle, "alpha": alpha}
+    given["parts"] = tuple(part.strip() for part in parts.split(",")) if parts else ()
+    done = _converted(place, path, to, model or verify, given)
+    if verify is not None:
+        done.verified = _verified(verify, place, path, given, done.told)
+    result(done.to_json(), as_json, lambda: out.print(str(done)))
+    if done.verified is not None and not done.verified.equal:
+        raise typer.Exit(1)
+
+
+def _converted(place: Path, path: Path, to: str, model: str | None, given: dict[str, Any]) -> Any:
+    """Convert without a model where that can be done, unless one is named."""
+    from ..converting import convert as convert_file
+    from ..models import empty_base
+    from ..runs.loading import base_of
+
+    def of(name: str) -> Any:
+        task, labels = _purpose(place, name, given)
+        return empty_base(name, task, labels=len(labels or range(2)))
+
+    if model is not None:
+        return convert_file(place, path, to, of(model), **given)
+    try:
+        return convert_file(place, path, to, None, **given)
+    except AdapterError as error:
+        base = base_of(place, allow_pickle=given["allow_pickle"]) if _says_base(place) else None
+        if base is None:
+            raise
+        say(f"{base}'s configuration is needed ({str(error).splitlines()[0]})", "dim")
+        return convert_file(place, path, to, of(base), **given)
+
+
+def _verified(name: str, place: Path, path: Path, given: dict[str, Any], told: Any) -> Any:
+    """Compare the outputs of a base with both files, on random tokens."""
+    import torch
+
+    from ..converting import verify as compare
+    from ..formats import Given
+    from ..models import load_base
+
+    task, labels = _purpose(place, name, given)
+    with err.status(f"loading {name} to compare ..."):
+        base = load_base(name, task, labels=labels)
+        tokens = base.model.get_input_embeddings().num_embeddings
+        ids = torch.randint(tokens, (2, 16), generator=torch.Generator().manual_seed(0))
+        return compare(base.model, place, path, {"input_ids": ids}, Given(**given), told)
+
+
+def _purpose(place: Path, name: str, given: dict[str, Any]) -> tuple[str, Any]:
+    """Return what a model has to be for an adapter, and the names of its labels."""
+    from ..formats import read
+    from ..formats.content import outputs_of_head
+    from ..runs.loading import labels_of
+
+    content = read(place, **given)
+    if content.task is not None:
+        return content.task, labels_of(content, name)
+    count = outputs_of_head(content)
+    if not count:
+        return "causal-lm", None
+    return ("regression" if count == 1 else "classification"), [f"LABEL_{i}" for i in range(count)]
+
+
+def _says_base(place: Path) -> bool:
+    """Tell whether an adapter is in PEFT's layout, which says what its base is."""
+    return (place / "adapter_config.json").is_file()

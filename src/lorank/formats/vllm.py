@@ -1,0 +1,58 @@
+"""A PEFT adapter for consumers that know one rank and one scale: vLLM, and others that read no `rank_pattern`.
+
+Versions of vLLM before 0.24 or so read `r` and `lora_alpha` for all layers alike and misscale the exceptions without a
+word; all of them refuse what is no pair of factors. So every layer is padded with zeros to the largest rank, and
+scales that differ are folded into B. The result is an ordinary file of PEFT's layout, and is read as one.
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import raise_problems
+from ..names import Names
+from ..variants import LoRA
+from . import peft
+from .content import Content, Given, LayerUpdate
+from .pairs import beyond_pairs, pairs_of, uniform
+
+_LARGEST_RANK = 16  # that vLLM takes unless it is told otherwise
+
+
+def detect(path: Path) -> bool:
+    """Return False: what is written here is PEFT's layout, which that format reads."""
+    return False
+
+
+def read(path: Path, names: Names | None, given: Given) -> Content:
+    """Read an adapter in PEFT's layout."""
+    return peft.read(path, names, given)
+
+
+def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
+    """Write an adapter with one rank and scale for all layers into a directory; return what was folded for that.
+
+    Raises AdapterError for what vLLM cannot load: DoRA, convolutions, stacks of experts, heads and biases and tokens
+    that were trained beside the updates.
+    """
+    problems = beyond_pairs(content)
+    pairs = pairs_of(content, problems)
+    raise_problems("vLLM cannot load this adapter", problems)
+    rank, scale, pairs, notes = uniform(pairs)
+    spec = LoRA(rank=rank, alpha=rank * scale)
+    methods = {update.spec_of(part).variant for update in content.updates.values() for part in update.tensors}
+    others = sorted(methods - {"lora"})
+    if others:
+        notes.insert(0, f"{', '.join(others)} written as LoRA of rank {rank}, which computes the same")
+    folded = Content(spec, about=content.about, task=content.task, base_model=content.base_model)
+    for name, pair in pairs.items():
+        source = content.updates.get(name)
+        update = LayerUpdate(spec, {"weight": {"A": pair.A.contiguous(), "B": pair.B.contiguous()}}, lookup=pair.lookup)
+        update.transposed = source is not None and source.transposed
+        if source is not None and list(source.tensors) == ["weight"]:
+            update.fingerprints, update.matrices = source.fingerprints, source.matrices
+        folded.updates[name] = update
+    peft.write(folded, path, model)
+    if rank > _LARGEST_RANK:
+        notes.append(f"its rank is {rank}: start vLLM with --max-lora-rank {rank} or more")
+    return notes
