@@ -5,13 +5,15 @@
 #   make lint      ruff, format and types
 #   make check     both
 #   make fix       format and mend what ruff can
+#   make consumers other tools that read adapters, apart from the environment: llama.cpp, mlx-lm, LyCORIS, torchtune.
+#                  Their tests are skipped without them. It compiles llama.cpp: cmake and a C++ compiler, some minutes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 DEMO_READY := .venv/.ready-for-demo
 
-.PHONY: demo install test lint check fix clean
+.PHONY: demo install test lint check fix consumers clean
 
 demo: $(DEMO_READY)
 	$(BIN)/lorank demo
@@ -47,6 +49,19 @@ check: lint test
 fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+CONSUMER := tests/interop/requirements
+
+consumers: $(READY)
+	for name in mlx lycoris torchtune; do \
+	  $(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/apart-$$name --requirement $(CONSUMER)-$$name.txt || exit 1; \
+	done
+	$(BIN)/python -m pip install --quiet --upgrade --target .venv/apart-llama --requirement $(CONSUMER)-llama.txt
+	rm -rf .venv/llama && mkdir -p .venv/llama .venv/apart-llama/converter
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest .venv/llama --requirement $(CONSUMER)-llama.txt
+	tar --extract --file .venv/llama/llama_cpp_python-*.tar.gz --strip-components 3 --directory .venv/apart-llama/converter \
+	  --wildcards '*/llama.cpp/convert_lora_to_gguf.py' '*/llama.cpp/conversion' '*/llama.cpp/gguf-py'
+	rm -rf .venv/llama
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis

@@ -61,9 +61,14 @@ class Examination:
         return list(found.values())
 
 
-def examine(path: Path, *, allow_pickle: bool = False) -> Examination:
-    """Return what an adapter file holds; raises AdapterError when it cannot be read at all."""
-    content = read(path, allow_pickle=allow_pickle)
+def examine(
+    path: Path, *, allow_pickle: bool = False, alpha: float | None = None, parts: tuple[str, ...] = ()
+) -> Examination:
+    """Return what an adapter file holds; raises AdapterError when it cannot be read at all.
+
+    allow_pickle, alpha, parts: as for `load`.
+    """
+    content = read(path, allow_pickle=allow_pickle, alpha=alpha, parts=parts)
     problems, remarks = list(content.problems), list(content.remarks)
     ordered = sorted(content.updates.items(), key=_by_number)
     layers = [_layer(name, part, update) for name, update in ordered for part in update.tensors]
@@ -92,10 +97,12 @@ def examine(path: Path, *, allow_pickle: bool = False) -> Examination:
         remarks.append(f"it brings {len(content.base)} tensors of its base: {enumerate_names(content.base, 3)}")
     if not layers and not others:
         problems.append("it holds no adapter")
-    folder = path if path.is_dir() else path.parent
+    beside = path.parent.glob("adapter_*") if path.name.startswith("adapter_") else [path]  # with its configuration
     return Examination(
         path=path,
-        bytes=sum(file.stat().st_size for file in folder.glob("adapter_*")),
+        bytes=sum(
+            file.stat().st_size for file in (path.glob("adapter*") if path.is_dir() else beside) if file.is_file()
+        ),
         layers=layers,
         copies=list(content.copies),
         biases=list(content.biases),

@@ -45,6 +45,10 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
                     probability = getattr(leaf.spec, "dropout", 0.0)
                     if probability and not leaf.training:
                         dropout[adapter] = probability
+                    if leaf.exhausted:
+                        idle |= {id(parameter) for parameter in leaf.parameters()}
+                        remarks.append(f"{layer_name}: all its ranks were dropped")
+                        continue
                     groups = [[leaf._parameters[key] for key in group] for group in leaf.partners]
                     together = [[p for p in group if p is not None] for group in groups]
                     if moved and not all(p.detach().any() for group in together for p in group):

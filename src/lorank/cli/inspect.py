@@ -10,8 +10,16 @@ from .options import Json
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="folder of an adapter or of a run, or a safetensors file")],
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="open an adapter_model.bin")] = False,
+    adapter: Annotated[str, typer.Argument(help="folder of an adapter or of a run, or a file in any format")],
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="open a pickle, if you trust its origin")
+    ] = False,
+    alpha: Annotated[
+        float | None, typer.Option(help="of a file that does not store it (loralib)", show_default=False)
+    ] = None,
+    parts: Annotated[
+        str | None, typer.Option(help="of a fused projection that a loralib file adapts: q,v", show_default=False)
+    ] = None,
     all_layers: Annotated[
         bool, typer.Option("--all", help="every layer, not only one line for those that are alike")
     ] = False,
@@ -26,13 +34,15 @@ def inspect(
     Examples:
       lorank inspect runs/e2e
       lorank inspect adapters/sst2 --all --json
+      lorank inspect mnli.bin --alpha 16 --allow-pickle
     """
     from ..accounting import readable
     from ..examining import examine
     from ..runs.loading import folder_of
 
     place = folder_of(adapter)
-    found = examine(place, allow_pickle=allow_pickle)
+    named = tuple(part.strip() for part in parts.split(",")) if parts else ()
+    found = examine(place, allow_pickle=allow_pickle, alpha=alpha, parts=named)
     facts = found.to_json()
 
     def show() -> None:

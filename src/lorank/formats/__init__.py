@@ -104,7 +104,8 @@ def load(
         base in another dtype needs no permission; it warns.
     allow_pickle: open a file that is a pickle (`adapter_model.bin`, loralib's `.pt`), with PyTorch's `weights_only`.
     alpha: of a file that does not store it (loralib's).
-    parts: of a file that does not say which parts of a fused projection it adapts (loralib's): ("q", "v").
+    parts: of a file that does not say which parts of a fused projection it adapts (loralib's): ("q", "v"), or their
+        numbers, ("0", "2"), where the model's order of them is not known.
 
     Every tensor of the file must find its place and every place its tensor. Raises AdapterError, which lists
     every problem, before anything is changed: missing or unexpected keys, wrong shapes, NaN or Inf, another

@@ -84,6 +84,8 @@ class RankBudget:
         elif index > self.stop:
             for label, leaf in self.adapters.items():
                 leaf.E.masked_fill_(self.state[f"{label}.dropped"].bool(), 0)
+        for leaf in self.adapters.values():
+            leaf.exhausted = index >= self.stop and not leaf.E.any()
         return sum(int(leaf.E.count_nonzero()) for leaf in self.adapters.values())
 
     def tensors(self) -> dict[str, Tensor]:

@@ -47,6 +47,8 @@ class AdaLoRA(LowRank):
         wrong += number_problems(self, target_rank="rank", interval="rank", warmup="probability", settle="probability")
         wrong += number_problems(self, beta1="probability", beta2="probability")
         if not wrong:
+            if self.alpha < 0:
+                wrong.append(f"alpha is {self.alpha}; it must be above 0: the signs are E's")
             if self.target_rank > self.rank:
                 wrong.append(f"target_rank is {self.target_rank}, above the rank {self.rank} that layers start with")
             if self.warmup + self.settle >= 1:

@@ -72,6 +72,7 @@ class Update(Adapter):
     part: str
     # Groups of parameters of which some are zero at the start, so that the others have no gradient before these move.
     partners: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    exhausted: bool = False  # a budget has taken all its ranks from it: it rightly gets no gradient
     base: Fingerprint | None = None  # of the matrix that it was trained on, as far as that is known
     other_base_allowed: bool = False  # it was loaded onto another, by the user's wish
 

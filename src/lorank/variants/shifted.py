@@ -83,7 +83,7 @@ class ShiftedAdapter(LoRAAdapter):
         for name, start in (("A", A), ("B", B)):
             own = self._parameters[name]
             assert own is not None, "both are there"
-            values = start.to(own.dtype, copy=True)
+            values = start.to(own.dtype).clone(memory_format=torch.contiguous_format)
             if own.is_meta:
                 self._parameters[name] = nn.Parameter(values.clone())
             else:

@@ -1,0 +1,119 @@
+"""lorank convert: from file to file, with what became of the adapter said, and the outputs compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lorank
+from lorank import AdapterError, LoRA
+from lorank.cli import app
+from lorank.converting import verify
+
+from .. import checkpoints, models
+
+RESULTS = {"peft": "back", "vllm": "served", "gguf": "adapter.gguf", "mlx": "mlx", "kohya": "k.safetensors"}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return checkpoints.causal(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lorank.adapt(model, LoRA(rank=3, alpha=6), ["q_proj", "down_proj"], ranks={"down_proj": 2})
+    models.disturb(model)
+    lorank.save(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, ["convert", *map(str, words)])
+
+
+@pytest.mark.parametrize("to", RESULTS)
+@pytest.mark.filterwarnings("ignore::lorank.AdapterWarning")
+def test_every_format_computes_the_same(to: str, adapter: Path, base: Path, tmp_path: Path) -> None:
+    target = tmp_path / RESULTS[to]
+    done = run(adapter, "--to", to, "--output", target, "--verify", base, "--json")
+    assert done.exit_code == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["source_format"] == "peft" and facts["target_format"] == to and facts["methods"] == {"lora": 4}
+    assert facts["verified"]["largest_difference"] < 1e-4 < facts["verified"]["effect"]
+    assert bool(facts["folded"]) == (to in ("vllm", "mlx"))
+
+
+@pytest.mark.filterwarnings("ignore::lorank.AdapterWarning")
+def test_loralib_needs_to_be_told_what_its_files_do_not_say(adapter: Path, base: Path, tmp_path: Path) -> None:
+    target = tmp_path / "adapter.pt"
+    done = run(adapter, "--to", "loralib", "--output", target, "--model", base, "--verify", base)
+    assert done.exit_code == 0, done.stderr
+    assert "the outputs agree" in done.stdout
+    back = run(target, "--to", "peft", "--output", tmp_path / "back")
+    assert back.exit_code == 1 and "alpha is not stored" in str(back.exception) and "is a pickle" in str(back.exception)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_matrix_needs_no_model(adapter: Path, tmp_path: Path) -> None:
+    done = run(adapter, "--to", "mlx", "--output", tmp_path / "mlx")
+    assert done.exit_code == 0, done.stderr
+    assert "peft to mlx: 4 layers (4 of lora)" in done.stdout
+    assert "written in another way: padded with zeros to rank 3" in done.stdout
+
+
+def test_nothing_is_replaced_unless_it_is_asked_for(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "note.txt").write_text("mine")
+    done = run(adapter, "--to", "mlx", "--output", tmp_path / "mlx")
+    assert done.exit_code == 1 and "--force" in str(done.exception)
+    assert run(adapter, "--to", "mlx", "--output", tmp_path / "mlx", "--force").exit_code == 0
+    assert (tmp_path / "mlx" / "note.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--to", "gguf"], "the model has to be given"),
+        (["--to", "torchtune"], "torchtune"),
+        (["--to", "onnx"], "unknown format 'onnx'; known are"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_leaves_nothing(
+    words: list[str], says: str, adapter: Path, tmp_path: Path
+) -> None:
+    done = run(adapter, "--output", tmp_path / "result", *words)
+    assert done.exit_code == 1 and says in str(done.exception)
+    assert not (tmp_path / "result").exists()
+
+
+def test_an_adapter_for_another_model_is_refused(adapter: Path, tmp_path: Path) -> None:
+    other = checkpoints.causal(tmp_path / "other", hidden_size=48)
+    done = run(adapter, "--to", "mlx", "--output", tmp_path / "mlx", "--model", other)
+    assert done.exit_code == 1 and "the model needs" in str(done.exception)
+    assert not (tmp_path / "mlx").exists()
+
+
+def test_outputs_that_differ_are_said(adapter: Path, base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lorank.load(model, adapter)
+    models.disturb(model)
+    lorank.save(model, tmp_path / "other")
+    lorank.remove(model)
+    found = verify(model, adapter, tmp_path / "other", {"input_ids": models.ids()})
+    assert not found.equal and "THE OUTPUTS DIFFER" in str(found)
+    assert lorank.adapter_names(model) == []
+
+
+def test_a_missing_source_is_said(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="there is no such file"):
+        lorank.convert(tmp_path / "nothing", tmp_path / "result")
+    assert torch.is_grad_enabled()
