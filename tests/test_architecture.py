@@ -26,7 +26,7 @@ LAYERS = [
     {"evaluation", "streaming", "models"},
     {"tasks", "arithmetic"},
     {"runs", "demo"},
-    {"packing"},
+    {"adapter_files"},
     {"card"},
     {"hub"},
     {"cli"},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .surgery import adapter_parameters
-from .tree import base_modules
+from .tree import active_adapters, base_modules, entries
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,12 @@ def _attention(
 
 def adapter_bytes(model: nn.Module) -> int:
     """Return the bytes of the active adapters' tensors: the size of their file but for its header."""
-    return sum(_bytes(parameter) for parameter in adapter_parameters(model).values())
+    trained = {id(parameter): parameter for parameter in adapter_parameters(model).values()}
+    kept: dict[int, Tensor] = dict(trained)
+    for adapter in active_adapters(model):  # and what is stored beside, such as where PiSSA started
+        for _, entry in entries(model, adapter).values():
+            kept |= {id(buffer): buffer for buffer in entry.buffers()}
+    return sum(map(_bytes, kept.values()))
 
 
 def _bytes(tensor: Tensor) -> int:

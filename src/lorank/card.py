@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .accounting import readable
+from .adapter_files import files_of
 from .errors import AdapterError
 from .examining import Examination, examine
 from .extras import require
 from .formats.peft import CONFIG
 from .formats.peft.config import read_config
-from .packing import files_of
 from .planning import joined
 from .runs.loading import folder_of
 from .runs.metrics import PLOT

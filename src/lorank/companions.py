@@ -21,7 +21,8 @@ class Parts(Adapter):
 
     def __init__(self, parts: Mapping[str, Adapter]):
         super().__init__()
-        for part, adapter in parts.items():
+        # First what is no sum with the layer's output: it has to be given that output as it is.
+        for part, adapter in sorted(parts.items(), key=lambda item: item[1].additive):
             self.add_module(part, adapter)
         self.additive = all(adapter.additive for adapter in parts.values())
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError, raise_problems
-from .formats import FORMATS, Content, Given, load, read
+from .errors import AdapterError, did_you_mean, raise_problems
+from .formats import FORMATS, Content, Given, load, read, writable, write
 from .formats.fitting import bind
 from .surgery import remove
 from .tree import unwrapped
@@ -33,7 +33,9 @@ class Conversion:
     verified: "Verification | None" = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"source": str(self.source), "target": str(self.target)}
+        facts = asdict(self) | {"source": str(self.source), "target": str(self.target)}
+        del facts["told"]
+        return facts
 
     def __str__(self) -> str:
         methods = ", ".join(f"{number} of {method}" for method, number in self.methods.items())
@@ -90,7 +92,8 @@ def convert(
     is written.
     """
     if to not in FORMATS:
-        raise AdapterError(f"cannot convert: unknown format '{to}'; known are {', '.join(FORMATS)}")
+        hint = did_you_mean(to, writable(), "formats that can be written are")
+        raise AdapterError(f"cannot convert: unknown format '{to}'; {hint}")
     content = read(source, model, allow_pickle=allow_pickle, alpha=alpha, parts=parts)
     problems = list(content.problems)
     if model is not None:
@@ -99,7 +102,9 @@ def convert(
         problems.append("it holds no adapter")
     raise_problems(f"cannot convert {source}", problems)
     path = Path(target).expanduser()
-    folded = FORMATS[to].write(content, path, None if model is None else unwrapped(model))
+    folded = write(content, path, to, None if model is None else unwrapped(model))
+    if to not in ("peft", "vllm") and any(update.fingerprints for update in content.updates.values()):
+        content.remarks.append("the format has no place for what recognises the base: another one will not be noticed")
     methods = Counter(update.spec_of(part).variant for update in content.updates.values() for part in update.tensors)
     return Conversion(
         source=Path(source),

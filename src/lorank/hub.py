@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from .adapter_files import FOLDERS, PICKLED, README, choose, files_of
 from .card import is_untouched, model_card, public, run_of
 from .checkpoints import appearing_whole
 from .errors import AdapterError, AdapterWarning, raise_problems
 from .examining import Examination, examine
 from .extras import require
 from .formats.safetensors_file import write_atomically
-from .packing import FOLDERS, PICKLED, README, choose, files_of
 from .runs.loading import folder_of
 from .runs.metrics import PLOT
 from .version import __version__

@@ -5,7 +5,8 @@ has their number in front of each of these.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,18 @@ def initialise(A: Tensor, B: Tensor, method: str, lookup: bool = False) -> None:
     nn.init.zeros_(B)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in the dtypes that are written, whatever autocast says outside; the meta device has none to say."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Compute in the dtypes that are written, whatever autocast or a TF32 switch says outside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -53,7 +59,7 @@ def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
 def product(A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return scale · B @ A, (out, in), in float32 or wider, in the precision that is set for matrix products."""
     dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-    with torch.autocast(A.device.type, enabled=False):
+    with without_autocast(A.device):
         return scale * (B.to(dtype) @ A.to(dtype))
 
 

@@ -332,7 +332,7 @@ def _specs_by_layer(
     specs = {}
     for name, fields in overrides.items():
         try:
-            specs[name] = dataclasses.replace(spec, **fields)
+            specs[name] = spec.overridden(**fields)
         except (AdapterError, TypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
             specs[name] = spec

@@ -354,7 +354,10 @@ def why_not_together(model: nn.Module, names: Sequence[str]) -> list[str]:
         for layer_name in entries(model, name):
             top = next((top for top in copied if layer_name.startswith(top + ".")), None)
             layer, entry = entries(model, name)[layer_name]
-            if layer_name in copied and isinstance(entry, Adapter) and not all(e.adds(layer) for e in entry.leaves()):
+            needs_weight = isinstance(entry, Adapter) and not (
+                entry.additive and all(e.adds(layer) for e in entry.leaves())
+            )
+            if layer_name in copied and needs_weight:
                 problems.append(
                     f"'{name}' runs {layer_name} under its update, of which '{copied[layer_name]}' runs a copy"
                 )

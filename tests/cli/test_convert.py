@@ -69,12 +69,36 @@ def test_a_matrix_needs_no_model(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_replaced_unless_it_is_asked_for(adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "mlx").mkdir()
+    assert run(adapter, "--to", "mlx", "--output", tmp_path / "mlx").exit_code == 0
     (tmp_path / "mlx" / "note.txt").write_text("mine")
     done = run(adapter, "--to", "mlx", "--output", tmp_path / "mlx")
-    assert done.exit_code == 1 and "--force" in str(done.exception)
+    assert done.exit_code == 1 and "--force replaces it" in str(done.exception)
     assert run(adapter, "--to", "mlx", "--output", tmp_path / "mlx", "--force").exit_code == 0
     assert (tmp_path / "mlx" / "note.txt").read_text() == "mine"
+
+
+def test_what_is_no_adapter_is_never_written_into(adapter: Path, base: Path) -> None:
+    before = sorted(base.iterdir())
+    done = run(adapter, "--output", base, "--force")
+    assert done.exit_code == 1 and "is no adapter; choose another name" in str(done.exception)
+    assert sorted(base.iterdir()) == before
+
+
+def test_what_a_file_says_itself_cannot_be_given(adapter: Path, tmp_path: Path) -> None:
+    done = run(adapter, "--output", tmp_path / "result", "--alpha", 3)
+    assert done.exit_code == 1 and "alpha is for files that do not say it, and this one does" in str(done.exception)
+
+
+@pytest.mark.filterwarnings("ignore::lorank.AdapterWarning")
+def test_a_method_that_the_format_has_not_is_said(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lorank.adapt(model, lorank.VeRA(rank=8), ["q_proj"])
+    models.disturb(model)
+    lorank.save(model, tmp_path / "adapter")
+    done = run(tmp_path / "adapter", "--to", "gguf", "--model", base, "--output", tmp_path / "a.gguf")
+    assert "written in another way: vera written as LoRA, which computes the same" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -82,7 +106,7 @@ def test_nothing_is_replaced_unless_it_is_asked_for(adapter: Path, tmp_path: Pat
     [
         (["--to", "gguf"], "the model has to be given"),
         (["--to", "torchtune"], "torchtune"),
-        (["--to", "onnx"], "unknown format 'onnx'; known are"),
+        (["--to", "onnx"], "unknown format 'onnx'; formats that can be written are"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_leaves_nothing(

@@ -154,3 +154,49 @@ def test_ranks_go_where_the_inputs_are_explained() -> None:
     assert {leaf.scale for leaf in leaves(model).values()} == {2.0}
     assert [tuple(leaf.A.shape) for leaf in leaves(model).values()] == [(1, 16), (7, 16)]
     deal_ranks([])
+
+
+def test_ranks_are_dealt_out_from_those_asked_for_however_often() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))
+    lorank.adapt(model, EVA(rank=2, rho=2), "all-linear")
+    with torch.no_grad():
+        for i in range(1, 6):
+            model.get_parameter(f"{i}.weight")[1:] *= 1e-3  # the inputs after it vary in one direction
+    scales = {name: leaf.scale for name, leaf in leaves(model).items()}
+    rows = torch.randn(200, 16)
+    for x in (rows, rows @ rows[:16], rows):
+        ranks = lorank.calibrate(model, model, [x])
+        assert sum(ranks.values()) == 12 and max(ranks.values()) == 4 and min(ranks.values()) == 1
+        assert {name: leaf.scale for name, leaf in leaves(model).items()} == scales
+
+
+def test_eva_sees_inputs_without_a_batch() -> None:
+    model: Any = Stack()
+    lorank.adapt(model, EVA(rank=2, rho=3), ["first", "second"])  # all six directions are kept meanwhile
+    rows = torch.randn(9, 6)
+    lorank.calibrate(model, model, rows)  # one by one
+    one_by_one = leaves(model)["first"].A.detach()
+    lorank.calibrate(model, model, [rows])
+    torch.testing.assert_close(
+        (one_by_one @ leaves(model)["first"].A.T).abs(), torch.eye(len(one_by_one)), atol=1e-4, rtol=0
+    )
+
+
+def test_a_tied_embedding_and_head_start_from_the_gradient_of_both() -> None:
+    model: Any = nn.Sequential(nn.Embedding(11, 6), nn.Tanh(), nn.Linear(6, 11, bias=False))
+    model[2].weight = model[0].weight
+    ids = torch.randint(0, 11, (4, 7))
+
+    def loss(ids: Tensor) -> Tensor:
+        return model(ids).square().mean()
+
+    loss(ids).backward()
+    _, _, V = torch.linalg.svd(model[0].weight.grad.T, full_matrices=False)
+    model.zero_grad()
+    before = model(ids)
+    lorank.adapt(model, LoRAGA(rank=2), ["0", "2"], tie=True)
+    lorank.calibrate(model, loss, [ids])
+    torch.testing.assert_close(model(ids), before)
+    A = leaves(model)["0"].A.detach()
+    torch.testing.assert_close((A / A.norm(dim=1, keepdim=True)) @ V[:2].T, torch.eye(2), atol=1e-4, rtol=0)

@@ -99,3 +99,13 @@ def test_dropout_is_of_the_update_and_not_of_the_base() -> None:
     assert not torch.equal(y, model.first(x))
     leaves(model)["first"].A.data.zero_()
     assert torch.equal(model.first(x), model.eval().first(x))
+
+
+def test_a_base_can_be_assigned_under_dora_on_the_meta_device() -> None:
+    base, x = Stack(), torch.randn(4, 6)
+    with torch.device("meta"):
+        model = Stack()
+    lorank.adapt(model, DoRA(rank=2), ["first", "second"])
+    model.load_state_dict(base.state_dict(), assign=True)
+    lorank.reset(model)
+    torch.testing.assert_close(model(x), base(x))

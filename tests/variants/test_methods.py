@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import lorank
 from lorank import AdapterError, DoRA, LoHa, LoKr, LoRA, LoRAFA, LoRAGA, MiLoRA, PiSSA, TrainConfig, VeRA
+from lorank.accounting import training_memory
 from lorank.tree import adapted_layers
 from lorank.variants import vera
 
@@ -66,6 +67,24 @@ def test_vera_shares_one_pair_between_layers() -> None:
     assert sorted(key.rpartition(".")[2] for key in model.state_dict() if "adapters" in key) == ["b", "b", "d", "d"]
     with pytest.raises(AdapterError, match=r"first: it is 8 x 6, and the random pair of this adapter is for \(7, 9\)"):
         lorank.adapt(Stack(), VeRA(rank=4, projection=(7, 9)), ["first"])
+
+
+def test_vera_trains_with_a_pair_that_was_first_used_in_inference_mode() -> None:
+    model = stacked(VeRA(rank=6, seed=91))  # a seed that no other test has drawn
+    with torch.inference_mode():
+        model(torch.randn(2, 6))
+    model(torch.randn(2, 6)).sum().backward()
+    assert lorank.check(model) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_meta_device_counts_what_a_real_one_computes(method: str) -> None:
+    with torch.device("meta"):
+        empty, x = Stack(), torch.randn(9, 6)
+    lorank.adapt(empty, METHODS[method], ["first", "second"])
+    model = stacked(METHODS[method])
+    counted = training_memory(empty, lambda: empty(x).square().mean())
+    assert counted == training_memory(model, lambda: model(torch.randn(9, 6)).square().mean())
 
 
 @pytest.mark.parametrize("method", SHIFTED)

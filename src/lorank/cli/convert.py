@@ -51,8 +51,7 @@ def convert(
 
     place = folder_of(adapter)
     path = Path(target).expanduser()
-    if not force and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-        raise AdapterError(f"{target} is there already; --force replaces an adapter in it")
+    _require_free(path, force)
     given: dict[str, Any] = {"allow_pickle": allow_pickle, "alpha": alpha}
     given["parts"] = tuple(part.strip() for part in parts.split(",")) if parts else ()
     done = _converted(place, path, to, model or verify, given)
@@ -63,9 +62,22 @@ def convert(
         raise typer.Exit(1)
 
 
+def _require_free(path: Path, force: bool) -> None:
+    """Raise AdapterError for a target that is there, unless it is an adapter that is to be replaced."""
+    from ..formats import FORMATS
+
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not any(module.detect(path) for module in FORMATS.values()):
+        raise AdapterError(f"{path} is there already, and is no adapter; choose another name")
+    if not force:
+        raise AdapterError(f"{path} is an adapter already; --force replaces it")
+
+
 def _converted(place: Path, path: Path, to: str, model: str | None, given: dict[str, Any]) -> Any:
     """Convert without a model where that can be done, unless one is named."""
     from ..converting import convert as convert_file
+    from ..formats import writable
     from ..models import empty_base
     from ..runs.loading import base_of
 
@@ -79,10 +91,14 @@ def _converted(place: Path, path: Path, to: str, model: str | None, given: dict[
         return convert_file(place, path, to, None, **given)
     except AdapterError as error:
         base = base_of(place, allow_pickle=given["allow_pickle"]) if _says_base(place) else None
-        if base is None:
+        if base is None or to not in writable():
             raise
-        say(f"{base}'s configuration is needed ({str(error).splitlines()[0]})", "dim")
-        return convert_file(place, path, to, of(base), **given)
+        say(f"reading the configuration of {base}", "dim")
+        try:
+            empty = of(base)
+        except AdapterError:
+            raise error from None
+        return convert_file(place, path, to, empty, **given)
 
 
 def _verified(name: str, place: Path, path: Path, given: dict[str, Any], told: Any) -> Any:

@@ -74,13 +74,27 @@ def save(
     model = unwrapped(model)
     require_not_folded(model, "cannot save")
     if format not in FORMATS:
-        raise AdapterError(f"cannot save: unknown format '{format}'; known are {', '.join(FORMATS)}")
+        raise AdapterError(f"cannot save: unknown format '{format}'; known are {', '.join(writable())}")
     chosen = require_name(model, name, "save") if name is not None else only_adapter(model, "save")
     target = _path(path)
     content = gather(model, chosen)
     content.about = dict(about or {})
-    for note in FORMATS[format].write(content, target, model):
+    for note in write(content, target, format, model):
         warnings.warn(f"{target}: {note}", AdapterWarning, stacklevel=2)
+
+
+def write(content: Content, path: Path, format: str, model: nn.Module | None) -> list[str]:
+    """Write an adapter in a format; return what the file says in another way than the adapter, method included."""
+    notes = FORMATS[format].write(content, path, model)
+    native = getattr(FORMATS[format], "NATIVE", None)  # methods that the format has itself
+    methods = {update.spec_of(part).variant for update in content.updates.values() for part in update.tensors}
+    others = sorted(methods - set(native)) if native is not None else []
+    return [f"{', '.join(others)} written as LoRA, which computes the same", *notes] if others else notes
+
+
+def writable() -> list[str]:
+    """Return the formats that can be written."""
+    return [name for name, module in FORMATS.items() if getattr(module, "WRITES", True)]
 
 
 def load(
@@ -160,6 +174,8 @@ def _path(path: str | os.PathLike[str]) -> Path:
 def _detect(path: Path) -> Format:
     if not path.exists():
         raise AdapterError(f"cannot load {path}: there is no such file or directory (lorank reads local files only)")
+    if not path.is_file() and not path.is_dir():
+        raise AdapterError(f"cannot load {path}: it is no regular file, and reading it might never end")
     for module in FORMATS.values():
         if module.detect(path):
             return module

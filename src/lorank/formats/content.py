@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..companions import BiasOffset
-from ..errors import raise_problems
+from ..errors import AdapterError, raise_problems
 from ..fingerprint import Fingerprint, fingerprint
 from ..hosts import ConvHost, Host, NoHost
 from ..planning import Bias
@@ -31,6 +31,13 @@ class Given:
     allow_pickle: bool = False
     alpha: float | None = None
     parts: tuple[str, ...] = ()
+
+
+def refuse_given(given: Given) -> None:
+    """Raise AdapterError for an alpha or parts that were given for a file which says them itself."""
+    if given.alpha is not None or given.parts:
+        what = "alpha" if given.alpha is not None else "parts"
+        raise AdapterError(f"{what} is for files that do not say it, and this one does")
 
 
 @dataclass

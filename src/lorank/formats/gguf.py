@@ -22,7 +22,7 @@ from ..hosts import NoHost
 from ..names import Names
 from ..variants import LoRA
 from . import gguf_file
-from .content import Content, Given, LayerUpdate
+from .content import Content, Given, LayerUpdate, refuse_given
 from .gguf_names import (
     EMBEDDING,
     HEAD,
@@ -42,6 +42,8 @@ _TYPE, _ARCHITECTURE, _METHOD = "general.type", "general.architecture", "adapter
 _ALPHA, _INVOCATION, _PROMPT = "adapter.lora.alpha", "adapter.alora.invocation_tokens", "adapter.lora.prompt_prefix"
 _ABOUT = "lorank.about"
 _FACTOR = re.compile(r"(?P<tensor>.+)\.weight\.lora_(?P<factor>[ab])")
+
+NATIVE = ("lora",)  # methods that the format has itself
 
 
 def detect(path: Path) -> bool:
@@ -177,6 +179,7 @@ def read(path: Path, names: Names | None, given: Given) -> Content:
     Without a model its layers are called as in transformers. How many heads there are, by which llama.cpp orders the
     rows of q and k, lorank's files say; of others the content then lacks these, and has a problem that says so.
     """
+    refuse_given(given)
     metadata, tensors = gguf_file.read(path)
     if metadata.get(_METHOD) != "lora":
         raise AdapterError(f"{path}: {_METHOD} is {metadata.get(_METHOD)!r}; lora can be read")

@@ -45,6 +45,8 @@ _RENAMED: dict[str, list[tuple[str, str]]] = {
 }
 _MULTIMODAL = [("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")]
 
+NATIVE = ("lora", "dora")  # methods that the format has itself
+
 
 def detect(path: Path) -> bool:
     """Tell whether the path is such a directory, or its safetensors file; PEFT's has the same `adapter_config.json`."""

@@ -65,6 +65,8 @@ _FAMILIES = {
     "phi3": _Family(_FUSED),
 }
 
+WRITES = False  # see `write`
+
 
 def detect(path: Path) -> bool:
     """Tell whether the path is such a file, or a directory with one and without its export for PEFT."""

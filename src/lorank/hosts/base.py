@@ -205,6 +205,8 @@ def plain_parameter(layer: nn.Module, name: str) -> nn.Parameter:
     parameter = layer._parameters.get(name)
     if parameter is None:
         raise NoHost(f"its {name} is not a parameter of its own (parametrised, pruned, normalised or removed)")
+    if torch.compiler.is_compiling():
+        return parameter  # a stand-in, of one that was looked at when the layer was adapted
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
         kind = type(parameter) if type(parameter) is not nn.Parameter else type(parameter.data)
         raise NoHost(f"its {name} is a {kind.__name__}, for which lorank has no host yet (quantised, sharded or lazy)")

@@ -141,9 +141,19 @@ class Recipe:
         unknown = [name for name in keys if name not in Recipe.names()]
         raise_problems(
             "the recipe cannot be used",
-            [f"there is no key '{name}'; {did_you_mean(name, Recipe.names())}" for name in unknown],
+            [f"there is no key '{name}'; {_hint(name)}" for name in unknown],
         )
         return Recipe(**keys)
+
+
+def _hint(name: str) -> str:
+    """Return what may have been meant by a key that there is not."""
+    from ..variants import METHODS as SPECS
+
+    own = [method for method, spec in SPECS.items() if name in {field.name for field in dataclasses.fields(spec)}]
+    if own:
+        return f"it is an option of {', '.join(own)}: method_options={{{name}: ...}}"
+    return did_you_mean(name, Recipe.names())
 
 
 def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:

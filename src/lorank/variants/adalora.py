@@ -8,13 +8,14 @@ A near to orthonormal.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..hosts import Host
 from ..lowrank import delta, product
-from .base import Update, materialised, number_problems, on_device_of, register
+from .base import Spec, Update, materialised, number_problems, on_device_of, register
 from .lora import LoRAAdapter, LowRank
 
 
@@ -56,6 +57,11 @@ class AdaLoRA(LowRank):
             if not self.orthogonality >= 0:
                 wrong.append(f"orthogonality is {self.orthogonality}; it may not be negative")
         return wrong
+
+    def overridden(self, **fields: Any) -> "Spec":
+        """Return the spec with another rank for one layer, which ends with no more than it starts with."""
+        rank = fields.get("rank", self.rank)
+        return super().overridden(**fields, target_rank=min(self.target_rank, rank))
 
     def build(self, host: Host, layer: nn.Module, part: str, device: torch.device | None = None) -> "AdaLoRAAdapter":
         return AdaLoRAAdapter(self, host, layer, part, device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from ..hosts import Host
 from .lora import LoRAAdapter
 
 
@@ -31,6 +32,10 @@ class CalibratedAdapter(LoRAAdapter):
 
         mask: which of the inputs count, (rows, tokens); None for all.
         """
+
+    def watch_mirrored(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor) -> Tensor:
+        """Take note of the input of another layer, which has the matrix transposed; return its output, unchanged."""
+        return y  # an input of the transpose is none of the matrix
 
     def watch_weight(self, layer: nn.Module) -> Tensor:
         """Return what stands for the update in a layer that reads W + ΔW, while it is watching."""
@@ -56,9 +61,12 @@ class CalibratedAdapter(LoRAAdapter):
             self.require_calibrated()
         return super().forward(layer, x, y)
 
-    def run_mirrored(self, *args: Any) -> Tensor:
-        self.require_calibrated()
-        return super().run_mirrored(*args)
+    def run_mirrored(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor) -> Tensor:
+        if self.watching:
+            return self.watch_mirrored(host, layer, part, x, y)
+        if not x.is_meta:
+            self.require_calibrated()
+        return super().run_mirrored(host, layer, part, x, y)
 
     def change(self, layer: nn.Module) -> Tensor:
         if self.watching:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import AdditiveHost, Host
-from ..lowrank import full_precision
+from ..lowrank import full_precision, without_autocast
 from .base import materialised
 from .dropout import WithDropout
 from .lora import LowRank, factor_dtype
@@ -48,7 +48,7 @@ class DenseAdapter(WithDropout):
         host = self.host
         assert isinstance(host, AdditiveHost), "only these are asked to add to an output"
         materialised(next(self.parameters()), x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             W = self.product()
         return host.add(layer, self.part, y, host.whole(layer, self.part, self.dropped(x), W))
 
@@ -59,7 +59,7 @@ class DenseAdapter(WithDropout):
 
     def change(self, layer: nn.Module) -> Tensor:
         materialised(next(self.parameters()), self.host.own(layer, self.part))
-        with torch.autocast(self.host.own(layer, self.part).device.type, enabled=False):
+        with without_autocast(self.host.own(layer, self.part).device):
             W = self.product()
         return self.host.stored(
             layer, self.part, self.dropped_features(W.to(torch.promote_types(W.dtype, torch.float32)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import AdditiveHost, Host
-from ..lowrank import delta, product
+from ..lowrank import delta, product, without_autocast
 from .base import Spec, Update, materialised, on_device_of, register
 from .lora import LoRAAdapter, LowRank
 
@@ -101,7 +101,7 @@ class DoRAAdapter(LoRAAdapter):
         W = self.host.matrix(layer, self.part)
         A, B = self.A, self.B
         wide = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
-        with torch.autocast(A.device.type, enabled=False):
+        with without_autocast(A.device):
             squared = torch.linalg.vector_norm(W, dim=-1, dtype=wide).square()
             # In W's own dtype, or all of it would be converted; a small correction of ‖w‖² needs no more.
             across = (A.to(W.dtype) @ W.mT).to(wide)  # (rank, out)

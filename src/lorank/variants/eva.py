@@ -57,23 +57,26 @@ class EVA(LowRank):
 class EVAAdapter(CalibratedAdapter):
     """A (rank, in) and B (out, rank)."""
 
+    def __init__(self, spec: EVA, host: Host, layer: nn.Module, part: str, device: torch.device | None = None):
+        super().__init__(spec, host, layer, part, device)
+        self.asked = spec  # before ranks are dealt out: to calibrate again deals them out from here
+
     def begin(self, layer: nn.Module) -> None:
         self.watching = True
         inputs = self.A.shape[-1]
-        assert isinstance(self.spec, EVA), "no other spec builds this"
-        vars(self)["seen"] = PrincipalDirections(min(round(self.spec.rank * self.spec.rho), inputs))
+        vars(self)["seen"] = PrincipalDirections(min(round(self.asked.rank * self.asked.rho), inputs))
 
     @torch.no_grad()
     def watch(self, layer: nn.Module, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        rows = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+        rows = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
         self.seen.add(rows)
         return y
 
     def problem(self) -> str | None:
         if not self.seen.finite:
             return "its inputs hold NaN or Inf"
-        if self.seen.count <= self.spec.rank:
-            return f"{self.seen.count} inputs were seen, which have no {self.spec.rank} directions; give more batches"
+        if self.seen.count <= self.asked.rank:
+            return f"{self.seen.count} inputs were seen, which have no {self.asked.rank} directions; give more batches"
         return None
 
     @torch.no_grad()
@@ -97,13 +100,12 @@ class EVAAdapter(CalibratedAdapter):
 
 def deal_ranks(adapters: Sequence[EVAAdapter]) -> None:
     """Give each adapter as many ranks as it has among the directions that explain most, and keep their sum."""
-    budget = sum(adapter.spec.rank for adapter in adapters)
+    budget = sum(adapter.asked.rank for adapter in adapters)
     shares = [(float(share), i) for i, a in enumerate(adapters) for share in a.seen.shares[1:]]  # the first is certain
     chosen = sorted(shares, reverse=True)[: budget - len(adapters)]
     for i, adapter in enumerate(adapters):
-        assert isinstance(adapter.spec, EVA), "no other spec builds this"
         rank = 1 + sum(1 for _, owner in chosen if owner == i)
-        adapter.spec = adapter.spec.with_rank(rank)
+        adapter.spec = adapter.asked.with_rank(rank)
 
 
 class PrincipalDirections:

@@ -74,6 +74,10 @@ class LoRAGAAdapter(CalibratedAdapter, ShiftedAdapter):
         assert isinstance(host, AdditiveHost), "only these are asked to add to an output"
         return host.add(layer, self.part, y, host.whole(layer, self.part, x, vars(self)["probe"]))
 
+    def watch_mirrored(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor) -> Tensor:
+        assert isinstance(host, AdditiveHost), "only these are asked to add to an output"
+        return host.add(layer, part, y, host.whole(layer, part, x, vars(self)["probe"].mT))
+
     def watch_weight(self, layer: nn.Module) -> Tensor:
         return self.host.stored(layer, self.part, vars(self)["probe"])
 

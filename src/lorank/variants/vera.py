@@ -103,10 +103,11 @@ class VeRA(Spec):
 def drawn(seed: int, rank: int, out: int, in_: int) -> tuple[Tensor, Tensor]:
     """Return A (rank, in) and B (out, rank), uniform in ±√(6 / columns), from the CPU: the same on every machine."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    A, B = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((rank, in_), (out, rank)))
-    for matrix in (A, B):
-        bound = 3**0.5 * (2**0.5 / matrix.shape[1] ** 0.5)
-        matrix.uniform_(-bound, bound, generator=generator)
+    with torch.inference_mode(False):  # it is kept, and may be trained with later
+        A, B = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((rank, in_), (out, rank)))
+        for matrix in (A, B):
+            bound = 3**0.5 * (2**0.5 / matrix.shape[1] ** 0.5)
+            matrix.uniform_(-bound, bound, generator=generator)
     return A, B
 
 
@@ -116,7 +117,15 @@ def drawn_on(
 ) -> tuple[Tensor, Tensor]:
     """Return `drawn` on a device in a dtype; layers share it."""
     A, B = drawn(seed, rank, out, in_)
-    return A.to(device, dtype), B.to(device, dtype)
+    with torch.inference_mode(False):
+        return A.to(device, dtype), B.to(device, dtype)
+
+
+@torch.compiler.assume_constant_result  # a compiler would trace the drawing, past the cache
+def shared_pair(spec: VeRA, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the pair that layers share."""
+    assert spec.projection is not None, "settled before anything is built"
+    return drawn_on(spec.seed, spec.rank, *spec.projection, device, dtype)
 
 
 class VeRAAdapter(WithDropout):
@@ -162,7 +171,7 @@ class VeRAAdapter(WithDropout):
     def _factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return diag(d) A (rank, in) and diag(b) B (out, rank)."""
         d, b = materialised(self.d, like), self.b
-        A, B = drawn_on(self.spec.seed, self.spec.rank, *self.spec.projection, d.device, d.dtype)
+        A, B = shared_pair(self.spec, d.device, d.dtype)
         return d[..., :, None] * A[:, : self.in_], b[..., :, None] * B[: self.out]
 
     def extra_repr(self) -> str:

@@ -30,6 +30,8 @@ __all__ = ["decode", "detect", "read", "to_be_told", "write"]
 _NAMES = re.compile(rb"lora_[AB](?![._])")  # PEFT's names go on after these
 _FACTORS = {"lora_A": "A", "lora_B": "B"}
 
+NATIVE = ("lora",)  # methods that the format has itself
+
 
 def detect(path: Path) -> bool:
     """Tell whether the path is a pickle with loralib's names in it. It is not opened for that."""
@@ -61,7 +63,7 @@ def read(path: Path, names: Names | None, given: Given) -> Content:
     """
     wrong = [] if given.allow_pickle else [refusal(path)]
     if given.alpha is None:
-        wrong.append("alpha is not stored in loralib's files: pass alpha=, the lora_alpha of its layers")
+        wrong.append("alpha is not stored in loralib's files: pass alpha= (--alpha), the lora_alpha of its layers")
     raise_problems("a file of loralib", wrong)
     assert given.alpha is not None, "without it this was refused"
     LoRA(rank=1, alpha=given.alpha)  # raises for what is no alpha

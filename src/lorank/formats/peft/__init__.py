@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...errors import AdapterError
 from ...names import Names
 from .. import safetensors_file
-from ..content import Content, Given, outputs_of_head
+from ..content import Content, Given, outputs_of_head, refuse_given
 from ..pickles import read_pickle
 from .config import check_config, encode_config, read_config
 from .header import apply_account, encode_header, read_header
@@ -63,6 +63,7 @@ def read(path: Path, names: Names | None, given: Given) -> Content:
 
     Without a model, parts of fused projections stay one pair of factors.
     """
+    refuse_given(given)
     folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
     config = read_config(folder / CONFIG)
     if file.is_file():

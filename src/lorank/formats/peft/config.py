@@ -92,12 +92,13 @@ def encode_config(content: Content, model: nn.Module | None) -> dict[str, Any]:
         reasons.append(f"{method.peft_type} trains no biases in PEFT, and this adapter does")
     if method.peft_type == "LORA":
         settings["target_parameters"] = sorted(parameters_of(content, stacks)) or None
-        settings["trainable_token_indices"] = {n: ids for n, (ids, _) in sorted(content.tokens.items())} or None
         if stacks:
             settings["lora_dropout"] = 0.0  # PEFT refuses parameters with another; it is for training alone
             settings["peft_version"] = "0.19.1"  # the first that had stacks as they are written here
     elif content.tokens:
         reasons.append(f"{method.peft_type} trains no rows of tokens in PEFT, and this adapter does")
+    if content.tokens or method.peft_type == "LORA":
+        settings["trainable_token_indices"] = {n: ids for n, (ids, _) in sorted(content.tokens.items())} or None
     # PEFT refuses a file that has this alone. It would load what it knows, and not the rest.
     settings["layers_pattern"] = reasons or None
     return settings
