@@ -2,9 +2,9 @@
 
     LORANK_DATA=path/to/data python -m benchmarks.methods --model path/to/MiniLM --write docs/results/methods.md
 
-Each method trains once, with the rate that suits LoRA here; those for which it is far off, by what a step of theirs moves,
-have one of their own. The loss is that on 500 sentences held out of the training data, the accuracy that on the 872
-sentences of the development set. Rows are written as they are done, and what is there already is not run again.
+Each method trains once, with the rate that suits LoRA here, or one of its own where its steps are of another size. The
+loss is that on 500 sentences held out of the training data, the accuracy that on the 872 sentences of the development
+set. Rows are written as they are done, and what is there already is not run again.
 """
 
 import argparse

@@ -46,7 +46,7 @@ class RankBudget:
         self.total = sum(leaf.E.numel() for leaf in self.adapters.values())
         ranks = {label: leaf.spec for label, leaf in self.adapters.items()}
         stacks = {label: leaf.E.numel() // leaf.spec.rank for label, leaf in self.adapters.items()}
-        self.target = sum(ranks[label].target_rank * stacks[label] for label in ranks)
+        self.target = sum(getattr(ranks[label], "target_rank", 0) * stacks[label] for label in ranks)
         self.state: dict[str, Tensor] = {}  # running means by "label.name.importance" and ".uncertainty", and masks
 
     def penalty(self) -> Tensor:

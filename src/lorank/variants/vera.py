@@ -121,11 +121,14 @@ def drawn_on(
         return A.to(device, dtype), B.to(device, dtype)
 
 
-@torch.compiler.assume_constant_result  # a compiler would trace the drawing, past the cache
 def shared_pair(spec: VeRA, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the pair that layers share."""
     assert spec.projection is not None, "settled before anything is built"
     return drawn_on(spec.seed, spec.rank, *spec.projection, device, dtype)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: it would trace the drawing.
+vars(shared_pair)["_dynamo_marked_constant"] = True
 
 
 class VeRAAdapter(WithDropout):

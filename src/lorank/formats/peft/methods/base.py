@@ -18,14 +18,8 @@ _COMMON = frozenset(
     {
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         *("inference_mode", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
-        *(
-            "trainable_token_indices",
-            "layers_pattern",
-            "fan_in_fan_out",
-            "init_weights",
-            "rank_pattern",
-            "alpha_pattern",
-        ),
+        *("trainable_token_indices", "layers_pattern", "fan_in_fan_out", "init_weights"),
+        *("rank_pattern", "alpha_pattern"),
     }
 )
 
