@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lorank.copies import own_parameters
 from lorank.data import in_order, open_source
 from lorank.runs.columns import named_labels
 from lorank.runs.prepare import prepare
@@ -81,7 +82,9 @@ def train(model: str, data: Path, name: str, rate: float, steps: int) -> Result:
         scored = [event for event in events if isinstance(event, Evaluated)][-1]
         end = events[-1]
         assert isinstance(end, Stopped)
-        head = sum(parameter.numel() for module in prepared.plan.copies.values() for parameter in module.parameters())
+        head = sum(
+            parameter.numel() for module in prepared.plan.copies.values() for parameter in own_parameters(module)
+        )
         return Result(
             method=name,
             rank=prepared.plan.spec.rank,
