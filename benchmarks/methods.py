@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorank.copies import own_parameters
+from lorank.copies import count, own_parameters
 from lorank.data import in_order, open_source
 from lorank.runs.columns import named_labels
 from lorank.runs.prepare import prepare
