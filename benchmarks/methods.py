@@ -82,9 +82,7 @@ def train(model: str, data: Path, name: str, rate: float, steps: int) -> Result:
         scored = [event for event in events if isinstance(event, Evaluated)][-1]
         end = events[-1]
         assert isinstance(end, Stopped)
-        head = sum(
-            parameter.numel() for module in prepared.plan.copies.values() for parameter in own_parameters(module)
-        )
+        head = sum(count(own_parameters(module)) for module in prepared.plan.copies.values())
         return Result(
             method=name,
             rank=prepared.plan.spec.rank,
