@@ -1,6 +1,6 @@
 """A PEFT adapter for consumers that know one rank and one scale: vLLM, and others that read no `rank_pattern`.
 
-Versions of vLLM before 0.24 or so read `r` and `lora_alpha` for all layers alike and misscale the exceptions without a
+Older versions of vLLM read `r` and `lora_alpha` for all layers alike and misscale the exceptions without a
 word; all of them refuse what is no pair of factors. So every layer is padded with zeros to the largest rank, and
 scales that differ are folded into B. The result is an ordinary file of PEFT's layout, and is read as one.
 """
