@@ -10,8 +10,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 
 # of PEFT and of transformers, about models that these tests make
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*:UserWarning:peft"),
-    pytest.mark.filterwarnings("ignore:.*:FutureWarning:peft"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
 

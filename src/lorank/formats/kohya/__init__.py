@@ -33,8 +33,6 @@ _ABOUT, _DROPOUT = "lorank.about", "ss_network_dropout"
 _OWN = {"lora_down.weight", "lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a"}
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
 
-NATIVE = ("lora", "dora", "loha", "lokr")  # methods that the format has itself
-
 
 def detect(path: Path) -> bool:
     """Tell whether the path is such a file, by the names of its tensors."""
