@@ -120,7 +120,7 @@ def _written(model: Any, base: Any, spec: Spec, x: Tensor, y: Tensor, name: str,
     fit(fresh, read, "default", activate=True, allow_other_base=False)
     torch.testing.assert_close(_output(fresh, x), y, rtol=1e-4, atol=1e-4)
     same = all(type(update.spec) is type(spec) and update.spec.rank == spec.rank for update in read.updates.values())
-    folded = [note for note in notes if "alpha" not in note and "lora_alpha" not in note]
+    folded = [note for note in notes if "alpha" not in note]
     return EQUAL if same and (not folded or name in ("loralib", "kohya")) else FOLDED
 
 

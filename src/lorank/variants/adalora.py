@@ -58,10 +58,10 @@ class AdaLoRA(LowRank):
                 wrong.append(f"orthogonality is {self.orthogonality}; it may not be negative")
         return wrong
 
-    def overridden(self, **fields: Any) -> "Spec":
+    def overridden(self, **values: Any) -> "Spec":
         """Return the spec with another rank for one layer, which ends with no more than it starts with."""
-        rank = fields.get("rank", self.rank)
-        return super().overridden(**fields, target_rank=min(self.target_rank, rank))
+        rank = values.get("rank", self.rank)
+        return super().overridden(**values, target_rank=min(self.target_rank, rank))
 
     def build(self, host: Host, layer: nn.Module, part: str, device: torch.device | None = None) -> "AdaLoRAAdapter":
         return AdaLoRAAdapter(self, host, layer, part, device)

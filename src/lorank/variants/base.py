@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, fields as dataclass_fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -164,12 +164,12 @@ class Spec(ABC):
         """Return the spec with what it has to know of all the matrices that get it together, given their shapes."""
         return self
 
-    def overridden(self, **fields: Any) -> "Spec":
+    def overridden(self, **values: Any) -> "Spec":
         """Return the spec with other values for one layer; raises AdapterError for what the method does not have."""
-        unknown = [name for name in fields if name not in {field.name for field in dataclass_fields(self)}]
+        unknown = values.keys() - {field.name for field in fields(self)}
         if unknown:
-            raise AdapterError(f"{type(self).__name__} has no {' and no '.join(unknown)}")
-        return replace(self, **fields)
+            raise AdapterError(f"{type(self).__name__} has no {' and no '.join(sorted(unknown))}")
+        return replace(self, **values)
 
     def low_rank(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
         """Return A (..., r, in) and B (..., out, r) with ΔW = scale · B A exactly, of an adapter's tensors.

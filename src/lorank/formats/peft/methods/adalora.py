@@ -37,11 +37,6 @@ class AdaLoRAMethod(Method):
         flat = isinstance(host, ConvHost) and len(update.shapes["weight"]) == 4 and update.groups == 1
         return Layout(MATRIX if plain or flat else PARTS)
 
-    def rank_alpha(self, update: LayerUpdate, part: str) -> tuple[int, float]:
-        """Return the rank, and the alpha for PEFT's scale, which is alpha / rank whatever use_rslora says."""
-        spec = update.spec_of(part)
-        return spec.rank, spec.scale * spec.rank
-
     def settings(self, content: Content) -> dict[str, Any]:
         spec = content.spec
         assert isinstance(spec, AdaLoRA), "the method writes no other"

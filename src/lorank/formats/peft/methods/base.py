@@ -48,9 +48,13 @@ class Method(ABC):
     def layout(self, update: LayerUpdate) -> Layout:
         """Return how the tensors of an update lie in the file."""
 
-    @abstractmethod
     def rank_alpha(self, update: LayerUpdate, part: str) -> tuple[int, float | None]:
-        """Return rank and alpha that make PEFT compute what a part of an update does."""
+        """Return rank and alpha that make PEFT compute what a part of an update does.
+
+        Its scale is alpha / rank, for all methods but LoRA whatever use_rslora says.
+        """
+        spec = update.spec_of(part)
+        return spec.rank, spec.scale * spec.rank
 
     @abstractmethod
     def settings(self, content: Content) -> dict[str, Any]:

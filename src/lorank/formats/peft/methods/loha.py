@@ -20,10 +20,6 @@ class LoHaMethod(Method):
     def layout(self, update: LayerUpdate) -> Layout:
         return lycoris_layout(update)
 
-    def rank_alpha(self, update: LayerUpdate, part: str) -> tuple[int, float]:
-        spec = update.spec_of(part)
-        return spec.rank, spec.scale * spec.rank
-
     def settings(self, content: Content) -> dict[str, Any]:
         return {"rank_dropout": 0.0, "module_dropout": 0.0, "use_effective_conv2d": False}
 

@@ -34,10 +34,6 @@ class LoKrMethod(Method):
         misread = len(update.shapes.get("weight", ())) == 3 and "D" in update.tensors["weight"]
         return lycoris_layout(update) if len(specs) == 1 and not misread else Layout(PARTS)
 
-    def rank_alpha(self, update: LayerUpdate, part: str) -> tuple[int, float]:
-        spec = update.spec_of(part)
-        return spec.rank, spec.scale * spec.rank
-
     def settings(self, content: Content) -> dict[str, Any]:
         spec = content.spec
         assert isinstance(spec, LoKr), "the method writes no other"
