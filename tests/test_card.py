@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 
 import lorank
 from lorank import LoRA
 from lorank.card import is_untouched, model_card, why_not_peft
 
 from . import checkpoints, models
-from .cli.running import run_json
+from .cli.running import run, run_json
 from .hub_server import Hub, connected
 from .runs.cases import completions, sentiments
 
@@ -93,6 +95,39 @@ def test_the_method_is_named(spec: Any, tmp_path: Path) -> None:
     card = model_card(tmp_path, "me/first")
     assert settings(card)["tags"] == ["lora", "lorank", spec.variant]
     assert f"A low-rank adapter ({type(spec).__name__})." in card and f"| `{spec.variant}` |" in card
+
+
+def test_what_the_maker_says_does_not_replace_what_was_found(tmp_path: Path) -> None:
+    about = {"rank": 64, "size": "tiny", "base": "other/base", "tied": "all", "mine": "kept"}
+    save(tmp_path, models.llama(), ["q_proj"], about=about)
+    rows = {row[0]: row[1] for row in tables(model_card(tmp_path, "me/first"))[0]}
+    assert rows["rank"] == "4" and "kB" in rows["size"] and rows["mine"] == "`kept`"
+    assert not {"base", "tied"} & rows.keys()
+
+
+@pytest.mark.parametrize(
+    ("file", "options"), [("my-lora.gguf", ""), ("sst2.gguf", " --path sst2.gguf"), ("my lora.safetensors", "")]
+)
+@pytest.mark.filterwarnings("ignore:.*known with their model alone:lorank.AdapterWarning")
+def test_commands_name_an_adapters_only_file(file: str, options: str, hub: Hub, tmp_path: Path) -> None:
+    base = checkpoints.causal(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lorank.adapt(model, LoRA(rank=2), ["q_proj"])
+    models.disturb(model)
+    lorank.save(model, tmp_path / file, format="gguf" if file.endswith("gguf") else "kohya")
+    lorank.push(tmp_path / file, "me/single")
+    card = model_card(tmp_path / file, "me/single")
+    ((block, *_),) = [re.findall(r"^```sh\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)]
+    pulled, *others = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert block.startswith(f"lorank pull me/single{options}\n") and [words[0] for words in others] == [
+        "inspect",
+        "merge",
+    ]
+    for words in (pulled, *others):
+        run(*[str(base) if word == "path/to/base" else word for word in words])
+    assert (Path("merged") / "config.json").is_file()
+    path = f', path="{file}"' if options else ""
+    assert f'lorank.pull("me/single"{path})' in card
 
 
 def test_a_run_tells_how_it_was_trained(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .errors import AdapterError, did_you_mean, enumerate_names
-from .formats import mlx, peft, torchtune
+from .formats import detect, mlx, peft, torchtune
 from .formats.pickles import head
 
 README = "README.md"
 FOLDERS = ((peft.CONFIG, peft.TENSORS), (mlx.CONFIG, mlx.TENSORS))  # the better known first
-PICKLED = ((peft.CONFIG, peft.PICKLE), (peft.CONFIG, torchtune.TENSORS), (torchtune.TENSORS,))
+PICKLED = ((peft.CONFIG, peft.PICKLE), (peft.CONFIG, torchtune.TENSORS))  # others do not say their scale
 _WEIGHTS = (peft.TENSORS, mlx.TENSORS, peft.PICKLE, torchtune.TENSORS)
 _SAFE = (".safetensors", ".gguf")
 _PICKLES = (".bin", ".pt", ".pth", ".lora", ".ckpt")  # .pth.lora is litgpt's
@@ -35,6 +35,7 @@ def files_of(adapter: Path) -> dict[str, Path]:
         if all((folder / name).is_file() for name in names) and (folder == adapter or adapter.name in names):
             return {name: folder / name for name in names}
     if adapter.is_file() and adapter.suffix in _SAFE and head(adapter) is None:
+        _require_alone(adapter)
         return {adapter.name: adapter}
     if head(adapter) is not None or any((folder / names[-1]).is_file() for names in PICKLED):
         raise AdapterError(
@@ -42,6 +43,18 @@ def files_of(adapter: Path) -> dict[str, Path]:
             "lorank convert --allow-pickle"
         )
     raise AdapterError(f"{adapter} has no {FOLDERS[0][0]} with {' or '.join(names[-1] for names in FOLDERS)}")
+
+
+def _require_alone(adapter: Path) -> None:
+    """Raise AdapterError for a file that cannot be read without the configuration beside it."""
+    standard = {"peft": peft.TENSORS, "mlx": mlx.TENSORS}.get(detect(adapter) or "")
+    if standard == adapter.name:
+        raise AdapterError(f"{adapter.parent} has {adapter.name}, but no {peft.CONFIG} that says what it is")
+    if standard is not None:
+        raise AdapterError(
+            f"{adapter} is one of two files: with {peft.CONFIG} it is found under its usual name alone; rename it to "
+            f"{standard}"
+        )
 
 
 def choose(listed: Iterable[str], place: str | None, allow_pickle: bool) -> Choice:
@@ -67,7 +80,7 @@ def choose(listed: Iterable[str], place: str | None, allow_pickle: bool) -> Choi
     inside = [name for name in inside if "/" not in name]
     chosen, single = _choose(inside, file, allow_pickle)
     if not chosen:
-        raise AdapterError(_instead(names, prefix, inside, file))
+        raise AdapterError(_instead(names, prefix, inside, file, allow_pickle))
     readme = [README] if README in inside and README not in chosen else []
     return Choice([prefix + name for name in [*chosen, *readme]], chosen[0] if single else None)
 
@@ -77,33 +90,35 @@ def _choose(inside: Sequence[str], file: str | None, allow_pickle: bool) -> tupl
     for names in FOLDERS + (PICKLED if allow_pickle else ()):
         if set(names) <= set(inside) and file in (None, *names):
             return list(names), False
-    endings = _SAFE + (_PICKLES if allow_pickle else ())
     if file is not None:
-        return ([file], True) if file.endswith(endings) else ([], False)
-    for kinds in (_SAFE, endings):
-        called_so = [
-            name
-            for name in inside
-            if name.endswith(kinds) and name not in _WEIGHTS and ("lora" in name.lower() or "adapter" in name.lower())
-        ]
-        if len(called_so) == 1:
-            return called_so, True
-    return [], False
+        return ([file], True) if file.endswith(_SAFE) else ([], False)
+    found = [name for name in inside if name.endswith(_SAFE) and name not in _WEIGHTS and _sounds_like_one(name)]
+    return (found, True) if len(found) == 1 else ([], False)
 
 
-def _instead(names: Sequence[str], prefix: str, inside: Sequence[str], file: str | None) -> str:
+def _sounds_like_one(name: str) -> bool:
+    return "lora" in name.lower() or "adapter" in name.lower()
+
+
+def _instead(names: Sequence[str], prefix: str, inside: Sequence[str], file: str | None, allow_pickle: bool) -> str:
     """Return why there is no adapter in a folder of a repository, and what there is."""
     where = f"its folder {prefix[:-1]}" if prefix else "it"
+    config = FOLDERS[0][0]
     pickles = [name for name in inside if name.endswith(_PICKLES)] if file is None else [file]
     if file is not None and not file.endswith(_PICKLES):
         return f"{file} is no adapter: these are files of {', '.join(_SAFE)}"
-    if any(name in _WEIGHTS or "lora" in name.lower() for name in pickles) or file is not None:
+    if file is not None or any(map(_sounds_like_one, pickles)):
+        if allow_pickle:
+            wanted = config if config not in inside else " or ".join(names[-1] for names in PICKLED)
+            return (
+                f"{where} has {enumerate_names(pickles, 3)}, but no {wanted}: a pickle alone does not say its scale. "
+                "Download it by hand, and say that where it is read (--alpha)"
+            )
         return (
             f"{where} has the adapter as a pickle ({enumerate_names(pickles, 3)}), which may run anything where it is "
             "opened: give --allow-pickle (allow_pickle=True) if you trust its origin"
         )
     weights = [name for name in inside if name in _WEIGHTS]
-    config = FOLDERS[0][0]
     if weights:
         return f"{where} has {weights[0]}, but no {config} that says what it is"
     below = [str(PurePosixPath(name).parent) for name in names if name.startswith(prefix) and name.endswith(config)]

@@ -4,17 +4,18 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .accounting import readable
-from .adapter_files import files_of
+from .adapter_files import choose, files_of
 from .errors import AdapterError
 from .examining import Examination, examine
 from .extras import require
 from .formats.peft import CONFIG
-from .formats.peft.config import read_config
+from .formats.peft.config import hub_id, read_config
 from .planning import joined
 from .runs.loading import folder_of
 from .runs.metrics import PLOT
@@ -22,8 +23,6 @@ from .runs.run import FACTS, KEPT, RECIPE
 from .variants import METHODS
 
 _HUB = "https://huggingface.co"
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gguf", ".safetensors", ".txt")
 _MARK = re.compile(r"\n<!-- written by lorank ([0-9a-f]{16}) from the adapter's files.*-->\n\Z")
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -38,19 +37,20 @@ _SETTINGS = (
 )
 
 
-def model_card(adapter: Path, repo: str, *, license: str | None = None) -> str:
+def model_card(adapter: Path, repo: str, *, license: str | None = None, found: Examination | None = None) -> str:
     """Return the text of README.md for an adapter that will be `repo` on the hub.
 
     adapter: its folder or file, or the folder of the run that it is the result of.
+    found: what `examine` says of it, where that is known already.
 
     Nothing stands in it that is not in the files, and no path of this machine; equal files give the same text. Raises
     AdapterError for an adapter that cannot be read.
     """
     place = folder_of(str(adapter))
-    found, run = examine(place), run_of(place)
+    found, run = found or examine(place), run_of(place)
     recipe = _mapping(run / RECIPE) if run else {}
     facts = _mapping(run / FACTS) if run else {}
-    base, config = public(found.base_model), _config(place)
+    base, config = hub_id(found.base_model), _config(place)
     name = repo.rpartition("/")[2]
     blocks = [
         _front_matter(found, base, _data_set(recipe), license, why_not_peft(config)),
@@ -59,7 +59,7 @@ def model_card(adapter: Path, repo: str, *, license: str | None = None) -> str:
         _table(["", ""], _about(found, base, place, facts)),
         *_layers(found),
         *_training(recipe, facts, run),
-        *_use(found, base, repo, why_not_peft(config)),
+        *_use(found, base, repo, why_not_peft(config), list(files_of(place))),
     ]
     text = "\n\n".join(block for block in blocks if block) + "\n"
     return f"{text}\n<!-- written by lorank {_digest(text)} from the adapter's files; an edited card is kept -->\n"
@@ -78,18 +78,10 @@ def run_of(place: Path) -> Path | None:
     return folder.parent if folder.name == KEPT and (folder.parent / RECIPE).is_file() else None
 
 
-def public(name: Any) -> str | None:
-    """Return a name on the hub; None for paths and other values."""
-    if not isinstance(name, str):
-        return None
-    is_id = _ID.fullmatch(name) and not name.lower().endswith(_FILES) and not Path(name).exists()
-    return name if is_id else None
-
-
 def _data_set(recipe: Mapping[str, Any]) -> str | None:
     """Return the data set of the hub that a run was trained on, without its configuration; None for a file."""
     data = recipe.get("data")
-    return public(data.partition(":")[0]) if isinstance(data, str) and "\\" not in data else None
+    return hub_id(data.partition(":")[0]) if isinstance(data, str) and "\\" not in data else None
 
 
 def why_not_peft(config: Mapping[str, Any] | None) -> list[str]:
@@ -174,7 +166,7 @@ def _about(found: Examination, base: str | None, place: Path, facts: Mapping[str
         "rows of tokens": ", ".join(f"{len(ids)} of {_code(name)}" for name, ids in found.tokens.items()),
         "tied": ", ".join(f"{_code(name)} to {_code(source)}" for name, source in found.tied.items()),
     }
-    rows |= {key: _value(value) for key, value in found.about.items() if key != "lorank"}
+    rows |= {key: _value(value) for key, value in found.about.items() if key != "lorank" and key not in rows}
     return [[_text(key), value] for key, value in rows.items() if value]
 
 
@@ -226,9 +218,14 @@ def _training(recipe: Mapping[str, Any], facts: Mapping[str, Any], run: Path | N
     return blocks
 
 
-def _use(found: Examination, base: str | None, repo: str, not_peft: list[str]) -> list[str]:
-    """Return how to load the adapter; what the files do not say is left to the reader."""
+def _use(found: Examination, base: str | None, repo: str, not_peft: list[str], files: list[str]) -> list[str]:
+    """Return how to load the adapter of these files; what they do not say is left to the reader."""
     name, task = repo.rpartition("/")[2], _task(found)
+    path, path_option = "", ""
+    if len(files) == 1:
+        name = shlex.quote(f"{name}/{files[0]}")
+        if not _is_found(files[0]):
+            path, path_option = f", path={json.dumps(files[0])}", f" --path {shlex.quote(files[0])}"
     cls = _CLASSES.get(task) if base else None
     labels = found.about.get("labels")
     outputs = len(labels) if isinstance(labels, list) else 1 if task == "regression" else None
@@ -238,7 +235,7 @@ def _use(found: Examination, base: str | None, repo: str, not_peft: list[str]) -
     blocks = [
         "## Use",
         "With lorank:",
-        f'```python\nimport lorank\n{imported}\n{model}\nlorank.load(model, lorank.pull("{repo}"))\n```',
+        f'```python\nimport lorank\n{imported}\n{model}\nlorank.load(model, lorank.pull("{repo}"{path}))\n```',
     ]
     if not_peft:
         listed = "".join(f"\n- {_text(reason)}" for reason in not_peft)
@@ -248,12 +245,20 @@ def _use(found: Examination, base: str | None, repo: str, not_peft: list[str]) -
         blocks.append("With PEFT:")
         blocks.append(f"```python\nfrom peft import PeftModel\n{imported}\n{model}\n{peft}\n```")
     base_option = "" if base else " --model path/to/base"
-    lines = [f"lorank pull {repo}", f"lorank inspect {name}"]
+    lines = [f"lorank pull {repo}{path_option}", f"lorank inspect {name}"]
     lines += [f"lorank generate --adapter {name} --prompt '...'"] if base and task == "causal-lm" else []
     lines += [f"lorank merge --adapter {name}{base_option} --out merged"]
     blocks.append("On the command line, merged into an ordinary checkpoint:")
     blocks.append("```sh\n" + "\n".join(lines) + "\n```")
     return blocks
+
+
+def _is_found(file: str) -> bool:
+    """Tell whether an adapter's only file is found in a repository by its name."""
+    try:
+        return choose([file], None, allow_pickle=False).file == file
+    except AdapterError:
+        return False
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

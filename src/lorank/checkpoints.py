@@ -8,7 +8,8 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,22 @@ def _slots(path: Path) -> list[Slot]:
             return found
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def names_in_model(keys: Sequence[str], own: Collection[str], prefix: str) -> dict[str, str]:
+    """Return the model's own name for each key of a checkpoint, given the model's names and its base's prefix.
+
+    A checkpoint of a bare encoder lacks the prefix that its tensors have under a head, and the other way round. What
+    the model does not know keeps its name. Raises AdapterError where two keys are one name.
+    """
+    found = {}
+    for key in keys:
+        candidates = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
+        found[key] = next((name for name in candidates if name in own), key)
+    doubled = sorted(name for name, times in Counter(found.values()).items() if times > 1)
+    if doubled:
+        raise AdapterError(f"the checkpoint has {enumerate_names(doubled, 3)} under two names")
+    return found
 
 
 def write_shard(path: Path, slots: Sequence[Slot], tensor_of: Callable[[Slot], Tensor]) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError, did_you_mean, raise_problems
-from .formats import FORMATS, Content, Given, load, read, writable, write
+from .formats import FORMATS, Content, Given, detect, load, read, writable, write
+from .formats.content import not_finite, other_tensors, tensors_of_updates
 from .formats.fitting import bind
 from .surgery import remove
 from .tree import unwrapped
@@ -29,13 +30,18 @@ class Conversion:
     kept: list[str]
     folded: list[str]
     remarks: list[str]
-    told: Given = field(default_factory=Given)  # what a reader of the result has to be told
+    content: Content = field(repr=False)  # what was read, and written
     verified: "Verification | None" = None
 
+    @property
+    def told(self) -> Given:
+        """What a reader of the result has to be told."""
+        return FORMATS[self.target_format].to_be_told(self.content)
+
     def to_json(self) -> dict[str, Any]:
-        facts = asdict(self) | {"source": str(self.source), "target": str(self.target)}
-        del facts["told"]
-        return facts
+        facts = {name: value for name, value in vars(self).items() if name != "content"}
+        verified = None if self.verified is None else asdict(self.verified)
+        return facts | {"source": str(self.source), "target": str(self.target), "verified": verified}
 
     def __str__(self) -> str:
         methods = ", ".join(f"{number} of {method}" for method, number in self.methods.items())
@@ -95,7 +101,7 @@ def convert(
         hint = did_you_mean(to, writable(), "formats that can be written are")
         raise AdapterError(f"cannot convert: unknown format '{to}'; {hint}")
     content = read(source, model, allow_pickle=allow_pickle, alpha=alpha, parts=parts)
-    problems = list(content.problems)
+    problems = content.obstacles() + not_finite(tensors_of_updates(content), other_tensors(content))
     if model is not None:
         bind(unwrapped(model), content, problems)
     if not content.updates and not content.copies and not content.tokens and not content.biases:
@@ -109,19 +115,15 @@ def convert(
     return Conversion(
         source=Path(source),
         target=path,
-        source_format=_name_of(Path(source).expanduser()),
+        source_format=detect(Path(source).expanduser()) or "",
         target_format=to,
         layers=len(content.updates),
         methods=dict(methods),
         kept=_kept(content),
         folded=folded,
         remarks=content.remarks,
-        told=getattr(FORMATS[to], "to_be_told", lambda _: Given())(content),
+        content=content,
     )
-
-
-def _name_of(path: Path) -> str:
-    return next(name for name, module in FORMATS.items() if module.detect(path))
 
 
 def _kept(content: Content) -> list[str]:

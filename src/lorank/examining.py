@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import AdapterError, dtype_name, enumerate_names
 from .formats import read
-from .formats.content import LayerUpdate
+from .formats.content import LayerUpdate, is_finite, not_finite, other_tensors, tensors_of_updates
+from .names import in_order, label_of
 
 _HUGE = 1e3  # a factor with values above this did not come out of sound training
 
@@ -70,27 +70,18 @@ def examine(
     """
     content = read(path, allow_pickle=allow_pickle, alpha=alpha, parts=parts)
     problems, remarks = list(content.problems), list(content.remarks)
-    ordered = sorted(content.updates.items(), key=_by_number)
-    layers = [_layer(name, part, update) for name, update in ordered for part in update.tensors]
-    tensors = {
-        f"{_label(name, part)}: {key}": tensor
-        for name, update in content.updates.items()
-        for part, named in update.tensors.items()
-        for key, tensor in named.items()
-    }
-    others = {f"{name}.bias": bias for name, bias in content.biases.items()}
-    others |= {f"{copy}.{key}": tensor for copy, found in content.copies.items() for key, tensor in found.items()}
-    others |= {f"{name}: rows of tokens": rows for name, (_, rows) in content.tokens.items()}
-    everything = tensors | others | content.base
-    wrong = [name for name, tensor in everything.items() if not _finite(tensor)]
-    if wrong:
-        problems.append(f"NaN or Inf in {enumerate_names(wrong, 4)}")
+    updates = [(name, content.updates[name]) for name in in_order(content.updates)]
+    layers = [_layer(name, part, update) for name, update in updates for part in update.tensors]
+    if content.needs_model:
+        remarks.append(content.needs_model)
+    tensors, others = tensors_of_updates(content), other_tensors(content)
+    problems += not_finite(tensors, others, content.base)
     zero = [layer.name for layer in layers if layer.norm == 0]
     if zero and len(zero) == len(layers):
         remarks.append("every ΔW is zero: this adapter was never trained")
     elif zero:
         remarks.append(f"ΔW is zero in {enumerate_names(zero, 4)}: these layers did not train")
-    huge = [name for name, t in tensors.items() if _finite(t) and t.numel() and float(t.abs().max()) > _HUGE]
+    huge = [name for name, t in tensors.items() if is_finite(t) and t.numel() and float(t.abs().max()) > _HUGE]
     if huge:
         remarks.append(f"values above {_HUGE:g} in {enumerate_names(huge, 4)}")
     if content.base:
@@ -116,15 +107,6 @@ def examine(
     )
 
 
-def _by_number(item: tuple[str, object]) -> list[tuple[int, str]]:
-    """Return a key that sorts layers.9 before layers.10; a file has its tensors in no order."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in item[0].split(".")]
-
-
-def _label(name: str, part: str) -> str:
-    return name if part == "weight" else f"{name}[{part}]"
-
-
 def _layer(name: str, part: str, update: LayerUpdate) -> Layer:
     spec, tensors = update.spec_of(part), update.tensors[part]
     shape, norm = update.matrices.get(part), None
@@ -132,7 +114,7 @@ def _layer(name: str, part: str, update: LayerUpdate) -> Layer:
         A, B = update.pair(part)
         shape, norm = (*B.shape[:-1], A.shape[-1]), _norm(A, B, spec.scale)
     return Layer(
-        name=_label(name, part),
+        name=label_of(name, part),
         method=spec.variant,
         rank=spec.rank,
         alpha=getattr(spec, "alpha", None),
@@ -149,7 +131,3 @@ def _norm(A: Tensor, B: Tensor, scale: float) -> float:
     A, B = A.detach().double(), B.detach().double()
     squared = float(((B.mT @ B) * (A @ A.mT)).sum())
     return abs(scale) * max(squared, 0.0) ** 0.5
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())

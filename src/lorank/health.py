@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError, enumerate_names, raise_problems
 from .idle import idle_experts, is_idle
+from .names import label_of
 from .surgery import adapter_parameters, named_or_active
 from .tokens import TokenRows
 from .tree import active_adapters, adapter_names, base_modules, entries, unwrapped
@@ -16,10 +17,9 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
 
     Call it after `loss.backward()` and before the gradients are cleared; in the body of `lorank.train` they are
     there. On the first step one factor of each pair is zero, so the other's gradient is zero too, and that is in
-    order. With `moved=True`, after a few optimiser steps, every factor must have a gradient: a pair of which one
-    still has none never left its start. Returns remarks that are no errors: how many tokens of an adapted
-    embedding did not occur, which experts of a mixture saw no token while others did, and dropout that does nothing
-    because the model is in eval mode.
+    order. With `moved=True`, after a few optimiser steps, every factor must have a gradient, and no update may be
+    zero still. Returns remarks that are no errors: how many tokens of an adapted embedding did not occur, which experts
+    of a mixture saw no token while others did, and dropout that does nothing because the model is in eval mode.
 
     Raises AdapterError that names every parameter without a gradient, and the likely cause.
     """
@@ -36,11 +36,13 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
     unmoved: list[str] = []
     idle: set[int] = set()  # factors that may stand still, because their partner moves first
     for adapter in chosen:
-        for layer_name, (_, entry) in entries(model, adapter).items():
+        for layer_name, (layer, entry) in entries(model, adapter).items():
             for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
                 if isinstance(leaf, TokenRows) and _saw_no_token(leaf):
                     idle.add(id(leaf.offset))
                     remarks.append(f"{layer_name}: none of the {len(leaf.tokens)} trained tokens occurred")
+                elif moved and isinstance(leaf, Update) and not leaf.exhausted and leaf.at_start(layer):
+                    unmoved.append(layer_name)
                 if isinstance(leaf, Update) and not isinstance(leaf, TokenRows):
                     probability = getattr(leaf.spec, "dropout", 0.0)
                     if probability and not leaf.training:
@@ -49,19 +51,17 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
                         idle |= {id(parameter) for parameter in leaf.parameters()}
                         remarks.append(f"{layer_name}: all its ranks were dropped")
                         continue
-                    groups = [[leaf._parameters[key] for key in group] for group in leaf.partners]
-                    together = [[p for p in group if p is not None] for group in groups]
-                    if moved and not all(p.detach().any() for group in together for p in group):
-                        unmoved.append(layer_name)
                     if not moved:
+                        groups = [[leaf._parameters[key] for key in group] for group in leaf.partners]
+                        together = [[p for p in group if p is not None] for group in groups]
                         idle |= {id(p) for group in together if any(map(_has_gradient, group)) for p in group}
                     remarks += _unseen_tokens(layer_name, leaf) + _idle_of_stack(layer_name, leaf)
     remarks += [f"'{a}': dropout {p} has no effect in eval mode; model.train() turns it on" for a, p in dropout.items()]
     experts = idle_experts({key for key, p in parameters.items() if not _has_gradient(p)}, parameters)
-    unmoved = [name for name in unmoved if not is_idle(f"{name}.", experts)]
+    unmoved = [name for name in dict.fromkeys(unmoved) if not is_idle(f"{name}.", experts)]
     if unmoved:
         problems.append(
-            f"{enumerate_names(unmoved, 3)}: a factor is still zero after your steps; is it in the optimiser? Make "
+            f"{enumerate_names(unmoved, 3)}: its update is still zero after your steps; is it in the optimiser? Make "
             "that from lorank.adapter_parameters(model), after adapt"
         )
     remarks += [f"{n}: {len(i)} experts saw no token ({enumerate_names(sorted(i))})" for n, i in experts.items()]
@@ -157,7 +157,8 @@ def _idle_of_stack(layer_name: str, leaf: Update) -> list[str]:
         return []
     busy = torch.stack([gradient.flatten(1).any(dim=1) for gradient in gradients]).any(dim=0)
     idle = int((~busy).sum())
-    return [f"{layer_name}[{leaf.part}]: {idle} of {len(busy)} experts saw no token"] if 0 < idle < len(busy) else []
+    label = label_of(layer_name, leaf.part)
+    return [f"{label}: {idle} of {len(busy)} experts saw no token"] if 0 < idle < len(busy) else []
 
 
 def _why_no_gradient(model: nn.Module, chosen: list[str]) -> str:

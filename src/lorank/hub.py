@@ -13,11 +13,12 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from .adapter_files import FOLDERS, PICKLED, README, choose, files_of
-from .card import is_untouched, model_card, public, run_of
+from .card import is_untouched, model_card, run_of
 from .checkpoints import appearing_whole
 from .errors import AdapterError, AdapterWarning, raise_problems
 from .examining import Examination, examine
 from .extras import require
+from .formats.peft.config import hub_id
 from .formats.safetensors_file import write_atomically
 from .runs.loading import folder_of
 from .runs.metrics import PLOT
@@ -111,8 +112,9 @@ def pull(
     Warns of what looks wrong with the adapter. Raises AdapterError, with nothing left behind, for a repository without
     an adapter, and for files that cannot be read.
     """
-    options: dict[str, Any] = {"revision": revision, "path": path, "force": force, "allow_pickle": allow_pickle}
-    pulled = fetch(repo, output, **options, endpoint=endpoint)
+    pulled = fetch(
+        repo, output, revision=revision, path=path, force=force, allow_pickle=allow_pickle, endpoint=endpoint
+    )
     for problem in pulled.examination.problems:
         warnings.warn(f"{pulled.path}: {problem}", AdapterWarning, stacklevel=2)
     return pulled.path
@@ -143,13 +145,13 @@ def pack(adapter: str | os.PathLike[str], repo: str, *, license: str | None = No
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     users_card = card == "keep" and readme.is_file() and not is_untouched(text)
     if not users_card:
-        text = model_card(place, repo, license=license)
+        text = model_card(place, repo, license=license, found=found)
     run = run_of(place)
     if run and (run / PLOT).is_file():
         files[PLOT] = run / PLOT
     files[README] = readme if users_card else text.encode()
     notes = list(found.remarks)
-    if found.base_model and public(found.base_model) is None:
+    if found.base_model and hub_id(found.base_model) is None:
         notes.append(f"the adapter's file names a base that is not on the hub: {found.base_model}")
     if users_card and license:
         notes.append(f"{readme} is kept, and says by itself what its license is")

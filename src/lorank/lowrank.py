@@ -4,6 +4,7 @@ Shapes, everywhere in lorank: W, ΔW (out, in) · A (rank, in) · B (out, rank) 
 has their number in front of each of these.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -70,10 +71,11 @@ def stack_blocks(blocks: Sequence[tuple[Tensor, Tensor, Tensor]], rows: int) -> 
     zero outside each block's own rows and columns.
     """
     A = torch.cat([a for a, _, _ in blocks])
-    B = A.new_zeros(rows, A.shape[0])
+    widest = functools.reduce(torch.promote_types, (b.dtype for _, b, _ in blocks))
+    B = A.new_zeros(rows, A.shape[0], dtype=widest)
     column = 0
     for a, b, index in blocks:
-        B[index, column : column + a.shape[0]] = b.to(B.dtype)
+        B[index, column : column + a.shape[0]] = b.to(widest)
         column += a.shape[0]
     return A, B
 

@@ -16,6 +16,7 @@ from .errors import AdapterWarning, dtype_name, enumerate_names, raise_problems
 from .fingerprint import Comparison, compare, other_base
 from .hosts import FusedHost, Host, NoHost, host_of, plain_parameter, registered_host
 from .merge_report import MergeReport, MergeRow, measured, warn_of_losses, wide
+from .names import base_tensors, label_of
 from .surgery import named_or_active, thaw_base, why_not_together
 from .tied import Mirror
 from .ties import Ties
@@ -54,7 +55,7 @@ class _Job:
     def written(self) -> list[Tensor]:
         """Return the layer's own tensors that folding writes."""
         if self.stand_in is not None:
-            return [tensor for _, tensor in _base_tensors(self.layer)]
+            return list(base_tensors(self.layer).values())
         weights = [] if self.quantised is not None else self.weights()
         biases = [plain_parameter(self.layer, "bias")] if self.offsets else []
         return list({id(tensor): tensor for tensor in weights + biases}.values())
@@ -236,7 +237,7 @@ def _other_bases(job: _Job, allowed: bool) -> dict[str, Comparison]:
             W = update.host.matrix(job.layer, update.part)
             found = compare(update.base, W, update.host.dtype_name(job.layer, update.part))
             if not found.same and not (allowed or update.other_base_allowed):
-                refused[job.name if update.part == "weight" else f"{job.name}[{update.part}]"] = found
+                refused[label_of(job.name, update.part)] = found
             if not found.same or found.repacked:
                 job.bases[part] = found
     return refused
@@ -303,8 +304,8 @@ def _overflows(job: _Job) -> list[str]:
     """Return a problem for each tensor that the layer's dtype (float16, in practice) could not hold."""
     problems = []
     if job.stand_in is not None:
-        trained = dict(_base_tensors(job.stand_in))
-        for name, tensor in _base_tensors(job.layer):
+        trained = base_tensors(job.stand_in)
+        for name, tensor in base_tensors(job.layer).items():
             if isinstance(tensor, nn.Parameter) and not torch.isfinite(trained[name].to(tensor.dtype)).all():
                 problems.append(f"{job.name}.{name}: too large for {dtype_name(tensor.dtype)}")
     if job.offsets:
@@ -344,8 +345,8 @@ def _delta(job: _Job, part: str) -> Tensor:
 def _fold(job: _Job) -> list[MergeRow]:
     rows: list[MergeRow] = []
     if job.stand_in is not None:
-        trained = dict(_base_tensors(job.stand_in))
-        for name, tensor in _base_tensors(job.layer):
+        trained = base_tensors(job.stand_in)
+        for name, tensor in base_tensors(job.layer).items():
             before = wide(tensor).clone()
             tensor.data.copy_(trained[name])
             if trained[name].dtype != tensor.dtype:  # a float32 copy in a half-precision base
@@ -382,15 +383,4 @@ def _unpack(job: _Job, host: Host, before: Tensor) -> MergeRow:
 def fold(name: str, layer: nn.Module, host: Host, part: str, before: Tensor, update: Tensor) -> MergeRow:
     """Write `before + update` (out, in) into a layer, rounded once, and return what that cost."""
     host.write(layer, part, before + update)
-    label = name if part == "weight" else f"{name}[{part}]"
-    return measured(label, before, update, host.matrix(layer, part))
-
-
-def _base_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the module's own parameters and buffers by name, without adapters."""
-    found = []
-    for prefix, child in base_modules(module):
-        for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
-            if tensor is not None:
-                found.append((f"{prefix}.{name}".removeprefix("."), tensor))
-    return found
+    return measured(label_of(name, part), before, update, host.matrix(layer, part))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import did_you_mean, enumerate_names
 from .hosts import PARAMETER, AdditiveHost, FusedHost, Host, NoHost, host_of, layout_of
@@ -102,6 +102,32 @@ class Names:
         except NoHost as error:
             return str(error)
         return None
+
+
+def label_of(layer: str, part: str) -> str:
+    """Return what a matrix is called in reports and errors: `h.0.attn.c_attn[q]`, or the layer's name if it is all."""
+    if part == "weight":
+        return layer
+    return f"{layer}[{part}]" if layer else part  # a parameter of the model itself, or a layer that stands alone
+
+
+def in_order(layers: Iterable[str]) -> list[str]:
+    """Return names of layers with layers.9 before layers.10, each once; a file has its tensors in no order."""
+
+    def by_number(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+    return sorted(set(layers), key=by_number)
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model by every name they go by, without adapters."""
+    return {
+        f"{prefix}.{name}".removeprefix("."): tensor
+        for prefix, module in base_modules(model)
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    }
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:

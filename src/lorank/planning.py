@@ -16,7 +16,7 @@ from .companions import Parts, why_no_bias_offset
 from .copies import count, find_copies, moving_statistics, own_parameters
 from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
 from .hosts import Host, NoHost, own_parameter
-from .names import Names, find_modules, lies_in
+from .names import Names, find_modules, label_of, lies_in
 from .targets import BARE_PARAMETER, OUTPUT_HEAD, Selection, Targets, parse_parts, select
 from .tied import Tie, sharing, tie_of
 from .ties import Ties
@@ -47,9 +47,7 @@ class Place:
     @property
     def label(self) -> str:
         """The name with the part: `h.0.attn.c_attn[q]`."""
-        if not self.name:  # a parameter of the model itself, or a layer that stands alone
-            return "" if self.part == "weight" else self.part
-        return self.name if self.part == "weight" else f"{self.name}[{self.part}]"
+        return label_of(self.name, self.part)
 
 
 @dataclass(frozen=True)

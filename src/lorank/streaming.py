@@ -11,19 +11,18 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import Checkpoint, Slot, appearing_whole, copy_companions, write_index, write_shard
-from .errors import AdapterError, did_you_mean, dtype_name, enumerate_names, raise_problems
+from .checkpoints import Checkpoint, Slot, appearing_whole, copy_companions, names_in_model, write_index, write_shard
+from .errors import AdapterError, did_you_mean, dtype_name, raise_problems
 from .fingerprint import Comparison, compare, other_base
 from .formats.content import Content, LayerUpdate
 from .formats.fitting import filled, located, tensor_problems
 from .hosts import Host
 from .merge_report import MergeReport, MergeRow, measured, warn_of_losses, wide
 from .merging import fold
-from .names import Names
+from .names import Names, base_tensors, label_of
 from .planning import Place
 from .ties import Ties
 from .tokens import find_tokens
-from .tree import base_modules
 
 
 @dataclass(frozen=True)
@@ -137,11 +136,11 @@ class _Places:
 
 def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job:
     """Find each of the adapter's places in the checkpoint; raises AdapterError that lists all that is wrong."""
-    own = _tensor_names(model)
+    own = base_tensors(model)
     prefix = getattr(model, "base_model_prefix", "")
-    job = _Job(model, _written_as(checkpoint.names, own, prefix))
+    job = _Job(model, names_in_model(checkpoint.names, own, prefix))
     places = _Places(own, set(job.written_as.values()), Names(model), Ties(model))
-    problems = list(content.problems)
+    problems = content.obstacles()
     problems += _find_updates(job, content, places)
     problems += _find_tokens(job, content, places)
     problems += _find_values(job, content, places)
@@ -272,35 +271,6 @@ def _shared(content: Content, names: Names, ties: Ties) -> list[str]:
     return problems
 
 
-def _tensor_names(model: nn.Module) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for prefix, module in base_modules(model):
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                found[f"{prefix}.{name}" if prefix else name] = tensor
-    return found
-
-
-def _written_as(keys: list[str], own: dict[str, Tensor], prefix: str) -> dict[str, str]:
-    """Return the model's own name for each key of a checkpoint.
-
-    A checkpoint of a bare encoder lacks the prefix that its tensors have under a head, and the other way round. What
-    the model does not know keeps its name.
-    """
-    found = {}
-    for key in keys:
-        candidates = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
-        found[key] = next((name for name in candidates if name in own), key)
-    doubled = (
-        sorted({name for name in found.values() if list(found.values()).count(name) > 1})
-        if len(set(found.values())) < len(found)
-        else []
-    )
-    if doubled:
-        raise AdapterError(f"the checkpoint has {enumerate_names(doubled, 3)} under two names")
-    return found
-
-
 @torch.no_grad()
 def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Tensor:
     """Return a weight with its updates folded in."""
@@ -320,8 +290,7 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
         before = {part: wide(host.matrix(layer, part)) for part in change.parts}  # stays: a copy is written to
         for part in change.parts:
             if part in update.fingerprints:
-                label = name if part == "weight" else f"{name}[{part}]"
-                job.compared[label] = compare(
+                job.compared[label_of(name, part)] = compare(
                     update.fingerprints[part], host.matrix(layer, part), host.dtype_name(layer, part)
                 )
         if not allow_other_base and any(not found.same for found in job.compared.values()):

@@ -286,7 +286,15 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     thaw_base(model)
 
 
-def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+class AdapterParameters(dict[str, nn.Parameter]):
+    """What an adapter trains, by name, and which of it is on the side of the output: LoRA+ tells these apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outward: set[str] = set()  # names
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> AdapterParameters:
     """Return what an adapter trains, {parameter name: Parameter}, for any optimiser.
 
     Factors, and the copies and biases of `train_also` and `bias`. The names are those of
@@ -294,16 +302,20 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     active adapters' parameters.
     """
     model = unwrapped(model)
-    found: dict[str, nn.Parameter] = {}
+    found = AdapterParameters()
     seen: set[int] = set()
     for chosen in named_or_active(model, name, "list the parameters"):
         for layer_name, (_, entry) in entries(model, chosen).items():
             prefix = f"{layer_name}.adapters.{chosen}" if layer_name else f"adapters.{chosen}"
-            named = entry.named_parameters()
-            for key, parameter in named:
+            leaves = entry.leaves() if isinstance(entry, Adapter) else ()
+            updates = [leaf for leaf in leaves if isinstance(leaf, Update)]
+            outward = {id(leaf._parameters.get(key)) for leaf in updates for key in leaf.outward}
+            for key, parameter in entry.named_parameters():
                 if (parameter.is_floating_point() or parameter.is_complex()) and id(parameter) not in seen:
                     found[f"{prefix}.{key}"] = parameter
                     seen.add(id(parameter))  # what tied layers share is listed once
+                    if id(parameter) in outward:
+                        found.outward.add(f"{prefix}.{key}")
     return found
 
 

@@ -81,3 +81,9 @@ def nearest(W: Tensor, rank: int) -> tuple[Tensor, float]:
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     error = float(S[rank:].norm() / S.norm())
     return U[:, :rank] * S[:rank] @ Vh[:rank], error
+
+
+def all_train(adapter: Content) -> bool:
+    """Tell whether no direction has zeros both in A and in B: of these neither would ever get a gradient."""
+    pairs = [update.pair(part) for update in adapter.updates.values() for part in update.tensors]
+    return all(bool((A.any(dim=-1) | B.any(dim=-2)).all()) for A, B in pairs)

@@ -1,6 +1,9 @@
 """diff: all numbers are those of the dense updates; φ is the paper's."""
 
+import copy
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 
 import lorank
 from lorank import AdapterError, arithmetic
+from lorank.formats import read
 from lorank.variants import LoRA
 
 from .. import models
@@ -121,3 +125,34 @@ def test_other_bases_are_a_note_and_other_shapes_an_error() -> None:
     dora = adapter(models.llama(), ["q_proj"], lorank.DoRA(rank=2))
     with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj: DoRA"):
         arithmetic.diff(dora, dora)
+
+
+def test_parts_and_the_whole_of_a_layer_are_compared_as_wholes() -> None:
+    model = models.gpt2()
+    spec: Any
+    for spec in (LoRA(rank=3, alpha=5), lorank.VeRA(rank=6), lorank.PiSSA(rank=3)):
+        parts = adapter(model, ["c_attn[q,v]"], spec, "parts", 1)
+        whole = adapter(model, ["c_attn"], LoRA(rank=4), "whole", 2)
+        merged = copy.deepcopy(model)
+        lorank.activate(merged, "parts")
+        lorank.merge(merged, "parts")
+        for found in (arithmetic.diff(parts, whole), arithmetic.diff(whole, parts)):
+            assert [row.label for row in found.rows] == [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
+        for row in arithmetic.diff(parts, whole).rows:
+            layer = merged.get_submodule(row.label)
+            W = (layer.weight - model.get_submodule(row.label).weight).T.double()  # of the parts
+            V = deltas(whole)[row.label]
+            assert row.norms == pytest.approx((float(W.norm()), float(V.norm())), rel=1e-4)
+            assert row.distance == pytest.approx(float((W - V).norm()), rel=1e-4)
+            assert row.cosine == pytest.approx(float((W * V).sum() / (W.norm() * V.norm())), abs=1e-4)
+        lorank.remove(model, "parts")
+        lorank.remove(model, "whole")
+
+
+def test_parts_of_which_the_rows_are_not_known_are_not_compared_with_the_whole(tmp_path: Path) -> None:
+    model = models.gpt2()
+    adapter(model, ["c_attn[q,v]"], name="a", seed=1)
+    whole = adapter(model, ["c_attn"], name="b", seed=2)
+    lorank.save(model, tmp_path, "a")
+    with pytest.raises(AdapterError, match=r"c_attn: the first adapts q, v of it, and another adapter all of it"):
+        arithmetic.diff(read(tmp_path, model), whole)

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorank
 from lorank import AdapterError, AdapterWarning
-from lorank.formats import load, read
+from lorank.formats import FORMATS, load, read, writable
 from lorank.formats.content import Content
 from lorank.variants import LoRA
 
 from .. import checkpoints, models
-from .dense import adapter, close, deltas, experts, nearest
+from .dense import adapter, all_train, close, deltas, experts, nearest
 
 
 def merged(build: Any, targets: Any, rank: int = 3, **options: Any) -> tuple[Any, Any, Content]:
@@ -48,6 +49,10 @@ def test_a_merged_adapter_comes_out_again(build: Any, targets: Any, tmp_path: Pa
     assert close(deltas(found.content), deltas(content), 1e-5)
     assert found.report.error < 1e-5 and not found.left_out
     assert {row.label for row in found.report.rows} == deltas(content).keys()
+    for name, update in found.content.updates.items():
+        expected = content.updates[name]
+        for key in ("shapes", "matrices", "lookup", "transposed", "groups"):
+            assert getattr(update, key) == getattr(expected, key)
     found.save(tmp_path)
     load(base, tmp_path)
     lorank.merge(base)
@@ -213,3 +218,48 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     lorank.remove(base)
     with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj holds NaN or Inf"):
         lorank.extract(base, tuned, rank=2)
+
+
+def test_a_rank_above_that_of_the_change_can_be_trained() -> None:
+    base, tuned, content = merged(models.llama, ["q_proj", "embed_tokens"], rank=2)
+    base, tuned = base.double(), tuned.double()  # or the rounding of W + ΔW has every rank
+    with torch.no_grad():
+        for layer, update in deltas(content).items():
+            W = base.get_submodule(layer).weight
+            tuned.get_submodule(layer).weight.copy_(W + (update.T if "embed" in layer else update))
+    found = lorank.extract(base, tuned, ["q_proj", "embed_tokens"], rank=6)
+    assert {row.rank for row in found.report.rows} == {6} and all_train(found.content)
+    assert close(deltas(found.content), deltas(content), 1e-6)
+
+
+def test_a_format_that_cannot_be_written_is_named_with_those_that_can(tmp_path: Path) -> None:
+    base, tuned, _ = merged(models.llama, ["q_proj"])
+    found = lorank.extract(base, tuned, ["q_proj"], rank=3)
+    for unknown in ("nope", *(set(FORMATS) - set(writable()))):
+        with pytest.raises(AdapterError, match=f"unknown format '{unknown}'; known are {', '.join(writable())}"):
+            found.save(tmp_path / "x", format=unknown)
+
+
+def test_a_module_under_two_names_is_compared_once() -> None:
+    base: Any = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    base["again"] = base["b"]
+    base["a"].register_buffer("made", torch.zeros(4), persistent=False)
+    tuned = deepcopy(base)
+    with torch.no_grad():
+        tuned["a"].weight.add_(1)
+        tuned["b"].weight.add_(1)
+        tuned["a"].made.add_(1)
+    with pytest.warns(AdapterWarning, match=r"1 tensors differ, and are not targeted: b\.weight"):
+        found = lorank.extract(base, tuned, ["a"], rank=1)
+    assert found.left_out.keys() == {"b.weight"}
+
+
+def test_a_tensor_under_two_names_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    base = checkpoints.causal(tmp_path / "base")
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.startswith("model."))
+    tensors[name.removeprefix("model.")] = tensors[name].clone()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(AdapterError, match=f"the checkpoint has {name} under two names"):
+        lorank.extract(base, base, rank=1)

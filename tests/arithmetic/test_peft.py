@@ -93,7 +93,7 @@ def test_peft_loads_what_was_combined(tmp_path: Path) -> None:
     made, _ = arithmetic.combine({"a": (a, 0.7), "b": (b, -0.3)})
     arithmetic.write(made, tmp_path / "sum")
     resized, _ = arithmetic.resize(made, energy=0.8)
-    arithmetic.write(resized, tmp_path / "small")
+    arithmetic.write(resized, str(tmp_path / "small"))
     model.add_weighted_adapter(["first", "second"], [0.7, -0.3], "sum", combination_type="cat")
     for folder, expected in (("sum", deltas_in(model, "sum")), ("small", deltas(resized))):
         again: Any = peft.PeftModel.from_pretrained(models.llama(), str(tmp_path / folder))

@@ -1,13 +1,18 @@
 """Properties of arithmetic for adapters of any size, rank and scale, against dense matrices in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import Tensor
 
 from lorank import arithmetic
 from lorank.formats.content import Content
+from lorank.variants import LoHa
 
-from .dense import close, deltas, random_content, weighted
+from .. import models
+from .dense import adapter, close, deltas, random_content, weighted
 
 sizes = st.integers(1, 12)
 weights = st.floats(0.05, 20).flatmap(lambda size: st.sampled_from([size, -size]))
@@ -95,3 +100,30 @@ def test_negation_takes_away_what_was_added(found: list[Content], weight: float,
     assert report.error == 0
     scaled = deltas(arithmetic.scaled(a, factor))
     assert close(scaled, {label: factor * W for label, W in deltas(a).items()}, 1e-12)
+
+
+class Counted(LoHa):
+    """LoHa that counts how often its factors are formed."""
+
+    calls = 0
+
+    def low_rank(self, tensors: Any, shape: Any = None) -> tuple[Tensor, Tensor]:
+        Counted.calls += 1
+        return super().low_rank(tensors, shape)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda a: arithmetic.resize(a, 3),
+        lambda a: arithmetic.scaled(a, 2),
+        lambda a: arithmetic.combine({"a": (a, 1)}),
+        lambda a: arithmetic.combine({"a": (a, 1)}, method="ties", density=0.5),
+        lambda a: arithmetic.diff(a, random_content({"other": (3, 2)}, 1, 1)),
+    ],
+)
+def test_factors_are_formed_once(work: Any) -> None:
+    a = adapter(models.llama(), ["q_proj", "v_proj"], Counted(rank=2))
+    Counted.calls = 0
+    work(a)
+    assert Counted.calls == 4

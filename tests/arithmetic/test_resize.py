@@ -8,11 +8,11 @@ from torch import nn
 
 import lorank
 from lorank import AdapterError, arithmetic
-from lorank.formats.content import gather
-from lorank.variants import LoHa, LoRA
+from lorank.formats.content import Content, gather
+from lorank.variants import AdaLoRA, LoHa, LoRA, PiSSA
 
 from .. import models
-from .dense import adapter, close, content, deltas, nearest, random_content
+from .dense import adapter, all_train, close, content, deltas, experts, nearest, random_content
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -142,3 +142,55 @@ def test_wrong_arguments() -> None:
     with pytest.raises(AdapterError, match="'a' is taken"):
         lorank.resize(model, "a", rank=1, into="a")
     assert lorank.active_adapters(model) == ["a"]
+
+
+def lower_than_its_rank(lookup: bool = False) -> Content:
+    """Return a stack whose first ΔW has rank 2, and whose others are zero, in factors of rank 4."""
+    A, B = torch.randn(3, 4, 6).double(), torch.randn(3, 5, 4).double()
+    A[:, 2:] = A[:, :2]
+    B[1:] = 0
+    made = content({"x": (A, B)})
+    made.updates["x"].lookup = lookup
+    return made
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("options", [{"rank": 3}, {"rank": 4}, {"rank": 9}, {"energy": 1.0}])
+def test_directions_in_which_there_is_nothing_still_train(options: Any, lookup: bool) -> None:
+    a = lower_than_its_rank(lookup)
+    made, report = arithmetic.resize(a, **options)
+    A, B = made.updates["x"].pair()
+    assert all_train(made) and A.shape[-2] == options.get("rank", 2) == report.rows[0].rank
+    assert close(deltas(made), deltas(a), 1e-12)
+    # One side only, that of a new adapter's which starts at random.
+    assert not A[1:].any() if lookup else not B[1:].any()
+    repeated, _ = arithmetic.resize(a, **options)
+    assert all(torch.equal(*pair) for pair in zip((A, B), repeated.updates["x"].pair(), strict=True))
+
+
+@pytest.mark.parametrize("spec", [LoRA(rank=4), PiSSA(rank=4), AdaLoRA(rank=6, target_rank=4)], ids=str)
+def test_an_adapter_at_its_start_can_be_trained_in_another_rank(spec: Any) -> None:
+    model = models.llama()
+    lorank.adapt(model, spec, ["q_proj", "embed_tokens"])
+    lorank.resize(model, rank=3)
+    batch = models.ids(4, 20)
+    config = lorank.TrainConfig(steps=3, learning_rate=1e-2)
+    for _ in lorank.train(lorank.adapter_parameters(model), lambda ids: model(ids, labels=ids).loss, [batch], config):
+        pass
+    found = gather(model, "default")
+    for update in found.updates.values():
+        A, B = update.pair()
+        assert bool((A.any(dim=-1) & B.any(dim=-2)).all())
+
+
+@pytest.mark.filterwarnings("ignore:rank .* holds:lorank.AdapterWarning")
+@pytest.mark.parametrize("method", ["exact", "svd", "ties"])
+def test_a_sum_of_a_lower_rank_still_trains(method: Any) -> None:
+    model: Any = experts()
+    lorank.adapt(model, LoRA(rank=3), ["experts", "o_proj"], name="a")
+    lorank.adapt(model, LoRA(rank=3), ["experts", "o_proj"], name="b")
+    density = 0.5 if method == "ties" else None
+    lorank.combine(model, {"a": 1.0, "b": 1.0}, into="of zeros", method=method, rank=3, density=density)
+    models.disturb(model, "b")
+    lorank.combine(model, {"a": 1.0, "b": 1.0}, into="of one", method=method, rank=4, density=density)
+    assert all_train(gather(model, "of zeros")) and all_train(gather(model, "of one"))

@@ -103,3 +103,11 @@ def test_on_a_model_with_layers_of_several_kinds(method: str) -> None:
     assert {row.label.rpartition(".")[2] for row in report.rows} == {"c_attn[q]", "c_attn[v]", "c_fc", "wpe"}
     with torch.no_grad():
         assert torch.isfinite(model(models.ids()).logits).all()
+
+
+def test_the_largest_numbers_of_a_stack_are_those_of_each_matrix() -> None:
+    W = torch.randn(3, 8, 6) * torch.tensor([1.0, 1e-3, 1e3])[:, None, None]
+    found = sparse.trimmed(W, 0.25)
+    assert found.count_nonzero(dim=(1, 2)).tolist() == [12, 12, 12]
+    for matrix, expected in zip(found, W, strict=True):
+        assert torch.equal(matrix, sparse.trimmed(expected, 0.25))

@@ -12,8 +12,10 @@ import lorank
 from lorank import AdapterError, LoRA
 from lorank.cli import app
 from lorank.converting import verify
+from lorank.formats import pickles
 
 from .. import checkpoints, models
+from ..formats.test_torchtune import as_torchtune
 
 RESULTS = {"peft": "back", "vllm": "served", "gguf": "adapter.gguf", "mlx": "mlx", "kohya": "k.safetensors"}
 
@@ -135,6 +137,35 @@ def test_outputs_that_differ_are_said(adapter: Path, base: Path, tmp_path: Path)
     found = verify(model, adapter, tmp_path / "other", {"input_ids": models.ids()})
     assert not found.equal and "THE OUTPUTS DIFFER" in str(found)
     assert lorank.adapter_names(model) == []
+
+
+@pytest.fixture
+def torchtunes(adapter: Path, base: Path, tmp_path: Path) -> Path:
+    """Return a folder with the adapter as torchtune writes it for itself."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lorank.load(model, adapter)
+    (tmp_path / "tune").mkdir()
+    torch.save(as_torchtune(model), tmp_path / "tune" / "adapter_model.pt")
+    (tmp_path / "tune" / "adapter_config.json").write_text('{"lora_alpha": 6}')
+    return tmp_path / "tune"
+
+
+def test_torchtunes_files_are_read_with_their_model(
+    torchtunes: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    run_it = pickles._run
+    monkeypatch.setattr(pickles, "_run", lambda path, *rest: opened.append(path) or run_it(path, *rest))
+    target = tmp_path / "peft"
+    alone = run(torchtunes, "--output", target, "--allow-pickle")
+    assert alone.exit_code == 1 and "torchtune has other names" in str(alone.exception) and not target.exists()
+    opened.clear()
+    done = run(torchtunes, "--output", target, "--allow-pickle", "--model", base, "--verify", base)
+    assert done.exit_code == 0, done.exception
+    assert "torchtune to peft: 4 layers (4 of lora)" in done.stdout and "the outputs agree" in done.stdout
+    assert len(opened) == 3  # to see what model it is for, to convert it, and to compare
 
 
 def test_a_missing_source_is_said(tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ from typer.testing import CliRunner
 
 import lorank
 from lorank import AdapterError, AdapterWarning
+from lorank.adapter_files import choose
 from lorank.card import is_untouched, model_card
 from lorank.cli import app
+from lorank.examining import examine
 
 from .. import models
+from ..formats.test_torchtune import as_torchtune
 from ..hub_server import READER, STRANGER, WRITER, Hub, connected, environment
 from .running import refused, run, run_json
 from .test_inspect import adapter_in, broken
@@ -388,6 +391,72 @@ def test_other_formats_go_there_and_come_back(hub: Hub, tmp_path: Path) -> None:
     wanted = model(ids).logits
     lorank.load(model, Path("mlx"), "pulled")
     assert torch.allclose(model(ids).logits, wanted, atol=1e-5)
+
+
+def test_a_file_that_only_its_model_explains_goes_there_and_comes_back(hub: Hub, tmp_path: Path) -> None:
+    model = models.llama()
+    lorank.adapt(model, lorank.LoRA(rank=4, alpha=6), ["q_proj"])
+    models.disturb(model)
+    lorank.save(model, tmp_path / "my-lora.safetensors", format="kohya")
+    run("push", tmp_path / "my-lora.safetensors", "me/kohya", "--yes")
+    found = run("pull", "me/kohya")
+    assert "PROBLEM" not in found.stdout and "known with their model alone" in found.stderr
+    ids = models.ids(2, 6)
+    wanted = model(ids).logits
+    lorank.load(model, Path("kohya/my-lora.safetensors"), "pulled")
+    assert torch.allclose(model(ids).logits, wanted, atol=1e-5)
+
+
+def test_a_file_that_is_nothing_without_another_is_not_pushed(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    model = models.llama()
+    lorank.adapt(model, lorank.LoRA(rank=2), ["q_proj"])
+    lorank.save(model, tmp_path / "mlx", format="mlx")
+    (tmp_path / "mlx" / "adapters.safetensors").rename(tmp_path / "mlx" / "mine.safetensors")
+    (adapter / PEFT[1]).rename(adapter / "mine.safetensors")
+    for folder, name in ((tmp_path / "mlx", "adapters.safetensors"), (adapter, PEFT[1])):
+        refused(f"rename it to {name}", "push", folder / "mine.safetensors", "me/new", "--yes")
+        (folder / "mine.safetensors").rename(folder / name)
+        (folder / PEFT[0]).unlink()
+        refused(f"has {name}, but no adapter_config.json", "push", folder / name, "me/new", "--yes")
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("listed", "place", "reason"),
+    [
+        (["adapter_model.bin"], None, "has adapter_model.bin, but no adapter_config.json"),
+        (["adapter_model.pt", "README.md"], None, "has adapter_model.pt, but no adapter_config.json"),
+        (["mnli-lora.bin"], None, "has mnli-lora.bin, but no adapter_config.json: a pickle alone"),
+        (["mnli.bin", "adapter_config.json"], "mnli.bin", "but no adapter_model.bin or adapter_model.pt"),
+        (["a/adapter_0.pt"], "a", "its folder a has adapter_0.pt, but no adapter_config.json"),
+    ],
+)
+def test_a_pickle_that_does_not_say_what_it_is(listed: list[str], place: str | None, reason: str) -> None:
+    with pytest.raises(AdapterError, match=reason):
+        choose(listed, place, True)
+    with pytest.raises(AdapterError, match="give --allow-pickle"):
+        choose(listed, place, False)
+
+
+def test_torchtunes_files_come_with_their_configuration(hub: Hub, tmp_path: Path) -> None:
+    model = models.llama()
+    lorank.adapt(model, lorank.LoRA(rank=4, alpha=6), ["q_proj"])
+    torch.save(as_torchtune(model), tmp_path / "adapter_model.pt")
+    hub.holding(
+        "me/tune", {"adapter_model.pt": (tmp_path / "adapter_model.pt").read_bytes(), PEFT[0]: b'{"lora_alpha": 6}'}
+    )
+    found = run("pull", "me/tune", "--allow-pickle")
+    assert "lora, 512 parameters in 2 layers" in found.stdout and "torchtune has other names" in found.stderr
+    lorank.remove(model)
+    lorank.load(model, Path("tune"), allow_pickle=True)
+
+
+def test_an_adapter_is_examined_once(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for module in ("lorank.hub", "lorank.card"):
+        monkeypatch.setattr(f"{module}.examine", lambda place: seen.append(place) or examine(place))
+    run("push", adapter, "me/first", "--dry-run")
+    assert seen == [adapter]
 
 
 def test_what_is_in_the_folder_is_not_lost(hub: Hub, adapter: Path) -> None:

@@ -17,6 +17,7 @@ from lorank.cli import app
 from lorank.examining import examine
 
 from .. import models
+from ..formats.test_torchtune import as_torchtune
 from .running import refused, run, run_json
 
 
@@ -150,6 +151,22 @@ def test_settings_that_cannot_be_honoured_are_a_problem(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_bias": True}))
     found = CliRunner().invoke(app, ["inspect", str(tmp_path / "adapter")])
     assert found.exit_code == 1 and "PROBLEM: adapter_config.json: lora_bias is True" in found.stdout
+
+
+def test_what_only_the_model_tells_is_a_remark(tmp_path: Path) -> None:
+    model = adapter_in(tmp_path / "peft", models.llama(), ["q_proj", "v_proj"])
+    lorank.save(model, tmp_path / "kohya.safetensors", format="kohya")
+    (tmp_path / "tune").mkdir()
+    torch.save(as_torchtune(model), tmp_path / "tune" / "adapter_model.pt")
+    told = run_json("inspect", tmp_path / "peft")["layers"]
+    for path, words, reason in (
+        (tmp_path / "kohya.safetensors", [], "known with their model alone"),
+        (tmp_path / "tune", ["--allow-pickle", "--alpha", 6], "torchtune has other names"),
+    ):
+        found = run_json("inspect", path, *words)
+        assert found["problems"] == [] and [reason in remark for remark in found["remarks"]] == [True]
+        assert sorted(layer["norm"] for layer in found["layers"]) == pytest.approx(sorted(x["norm"] for x in told))
+        assert "remark: " in run("inspect", path, *words).stdout
 
 
 def test_a_run_stands_for_its_adapter(tmp_path: Path) -> None:

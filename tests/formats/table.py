@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lorank
 from lorank import AdapterError
-from lorank.formats import FORMATS, Given
+from lorank.formats import FORMATS
 from lorank.formats.content import Content, gather
 from lorank.formats.fitting import fit
 from lorank.names import Names
@@ -125,7 +125,7 @@ def _written(model: Any, base: Any, spec: Spec, x: Tensor, y: Tensor, name: str,
 
 
 def _read(name: str, path: Path, model: nn.Module, content: Content) -> Content:
-    given = getattr(FORMATS[name], "to_be_told", lambda _: Given())(content)
+    given = FORMATS[name].to_be_told(content)
     if name == "loralib":  # not in a process of its own, which takes its time and has its own tests
         module: Any = FORMATS[name]
         return module.decode(torch.load(path, weights_only=True), Names(model), given)

@@ -19,6 +19,7 @@ import lorank
 from lorank import AdapterError, AdapterWarning, LoRA, formats
 from lorank.formats import gguf_file
 from lorank.formats.content import Content, LayerUpdate
+from lorank.formats.fitting import fit
 from lorank.variants.dora import DoRA
 
 from .. import models
@@ -213,15 +214,19 @@ def test_packed_factors_are_unpacked_as_the_gguf_package_does(kind: str, tmp_pat
         assert torch.equal(found.float(), torch.from_numpy(gguf.quants.dequantize(packed, number)))
 
 
-def test_rows_without_the_number_of_heads_are_left_out_with_a_reason(tmp_path: Path) -> None:
+def test_rows_without_the_number_of_heads_need_the_model(tmp_path: Path) -> None:
     path = foreign(tmp_path / "a.gguf", lambda w: add(w, "blk.1.attn_k.weight", torch.ones(2, 32), torch.randn(16, 2)))
-    unknown = formats.read(path)
-    assert not unknown.updates
-    assert unknown.problems == [
-        "blk.1.attn_k.weight: its rows are in llama.cpp's order, by heads, whose number only the model says: give the "
-        "model"
-    ]
-    assert list(formats.read(path, models.llama()).updates) == [K]
+    unknown, known = formats.read(path), formats.read(path, models.llama())
+    assert not unknown.problems and "by heads, whose number only the model says" in str(unknown.needs_model)
+    assert known.needs_model is None and list(known.updates) == list(unknown.updates) == [K]
+    rows = [content.updates[K].tensors["weight"]["B"] for content in (unknown, known)]
+    assert not torch.equal(*rows) and torch.equal(rows[0].sort(0).values, rows[1].sort(0).values)
+    with pytest.raises(AdapterError, match="only the model says: give the model"):
+        lorank.convert(path, tmp_path / "peft")
+    with pytest.raises(AdapterError, match="only the model says: give the model"):
+        fit(models.llama(), unknown, "default", activate=True, allow_other_base=False)
+    lorank.convert(path, tmp_path / "peft", model=models.llama())
+    assert torch.equal(formats.read(tmp_path / "peft").updates[K].tensors["weight"]["B"], rows[1])
 
 
 def test_a_file_of_a_model_with_other_heads_is_refused(saved: tuple[Any, Any, Path], tmp_path: Path) -> None:
@@ -233,8 +238,8 @@ def test_a_file_of_a_model_with_other_heads_is_refused(saved: tuple[Any, Any, Pa
         writer.add_head_count_kv(0)
         add(writer, "blk.1.attn_k.weight", torch.ones(2, 32), torch.randn(16, 2))
 
-    (problem,) = formats.read(foreign(tmp_path / "a.gguf", changes)).problems
-    assert "whose number only the model says" in problem
+    found = formats.read(foreign(tmp_path / "a.gguf", changes))
+    assert "whose number only the model says" in str(found.needs_model)
 
 
 def test_only_adapters_are_detected(saved: tuple[Any, Any, Path], tmp_path: Path) -> None:
@@ -279,7 +284,7 @@ def test_what_has_no_place_is_said_all_at_once(tmp_path: Path) -> None:
         "blk.0.attn_v.weight: the file lacks lora_b",
         "blk.0.ffn_gate_inp.weight: this architecture has no such tensor",
         "blk.0.attn_output.weight: lora_a (3, 32) and lora_b (32, 2) are no pair",
-        "blk.0.attn_q.weight: its 30 rows are not those of 4 heads",
+        "blk.0.attn_q.weight: it is (30, 2), which are no rows of 4 heads",
         "model.layers.7.mlp.up_proj, which this model has not",
         "A is (2, 30) in the file, the model needs (2, 32)",
     )

@@ -158,7 +158,7 @@ def test_another_method_is_written_as_lora_and_said(tmp_path: Path) -> None:
     model = copy.deepcopy(base)
     lorank.adapt(model, PiSSA(rank=2, alpha=3), TARGETS)
     models.disturb(model)
-    with pytest.warns(AdapterWarning, match="0, 2, 4: pissa is written as LoRA, with the same update"):
+    with pytest.warns(AdapterWarning, match="pissa written as LoRA, which computes the same: 0, 2, 4"):
         lorank.save(model, tmp_path / "adapter.safetensors", format="kohya")
     plan = lorank.load(base, tmp_path / "adapter.safetensors")
     x = torch.randn(2, 3, 5, 5)
@@ -249,7 +249,9 @@ def test_without_a_model_names_stay_as_they_are(saved: tuple[Any, Any, Path], tm
     _, _, path = saved
     content = lorank.formats.read(path)
     assert list(content.updates) == ["lycoris_0", "lycoris_2", "lycoris_4"]
-    assert ["known with their model alone" in problem for problem in content.problems] == [True]
+    assert "known with their model alone" in str(content.needs_model) and not content.problems
+    with pytest.raises(AdapterError, match="known with their model alone"):
+        lorank.convert(path, tmp_path / "peft")
     assert content.updates["lycoris_0"].shapes == {"weight": (4, 3, 3, 3)}
     FORMATS["kohya"].write(content, tmp_path / "again.safetensors", None)
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
@@ -523,7 +525,7 @@ def test_damaged_files(saved: tuple[Any, Any, Path]) -> None:
 def test_metadata_that_cannot_be_right(saved: tuple[Any, Any, Path], about: str) -> None:
     base, _, path = saved
     save_file(load_file(path), path, {"lorank.about": about})
-    assert_refused(base, path, "lorank.about is no JSON object")
+    assert_refused(base, path, "its `about` is no JSON object")
 
 
 @pytest.mark.parametrize("dropout", ["None", "nan", "7", "x"])

@@ -180,10 +180,27 @@ def test_what_the_file_does_not_say_is_asked_for(saved: tuple[Any, Any, Path]) -
     base, _, file = saved
     assert_refused(base, file, "allow_pickle=True", allow_pickle=False)
     assert_refused(base, file, "pass alpha", alpha=None)
-    with pytest.raises(AdapterError, match="it has to be given"):
-        lorank.formats.read(file, allow_pickle=True, alpha=3)
+    with pytest.raises(AdapterError, match="give the model"):
+        lorank.convert(file, file.parent / "peft", allow_pickle=True, alpha=3)
     assert_refused(models.gpt2(), file, "a model of type gpt2")
     assert_refused(models.Plain(), file, "none of transformers'")
+
+
+def test_without_a_model_it_can_be_looked_at(saved: tuple[Any, Any, Path]) -> None:
+    _, model, file = saved
+    content = lorank.formats.read(file, allow_pickle=True, alpha=3)
+    assert not content.problems and "give the model" in str(content.needs_model)
+    names = {"layers.0.attn.q_proj", "layers.1.mlp.w2", "output"}
+    assert len(content.updates) == 15 and names <= content.updates.keys()
+    A = lorank.adapter_parameters(model)["model.layers.0.self_attn.q_proj.adapters.default.A"]
+    assert torch.equal(content.updates["layers.0.attn.q_proj"].tensors["weight"]["A"], A)
+
+
+def test_what_the_file_says_cannot_be_given(saved: tuple[Any, Any, Path]) -> None:
+    base, _, file = saved
+    assert_refused(base, file, "parts is for files that do not say it", parts=("q",))
+    (file.parent / "adapter_config.json").write_text('{"lora_alpha": 3}')
+    assert_refused(base, file, "alpha is for files that do not say it", alpha=5)
 
 
 def test_it_is_not_written(saved: tuple[Any, Any, Path], tmp_path: Path) -> None:
@@ -230,8 +247,8 @@ def test_tensors_that_cannot_be_right(saved: tuple[Any, Any, Path]) -> None:
         base,
         file,
         "lm_head: the file lacks lora_b",
-        "q_proj.lora_b.weight is (31, 2), and the model has 4 heads of 8 rows",
-        "k_proj.lora_b.weight is (), and the model has 2 heads of 8 rows",
+        "q_proj.lora_b.weight: it is (31, 2), which are no rows of 4 heads",
+        "k_proj.lora_b.weight: it is (), which are no rows of 2 heads",
         "mlp.gate_proj: lora_a (2, 2, 2) and lora_b (48, 2) are no pair",
         "mlp.down_proj: A is (2, 47) in the file",
         "mlp.up_proj: A holds NaN or Inf",

@@ -55,6 +55,7 @@ WRITE = """
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import save_config
     mx.set_default_device(mx.cpu)
+    mx.random.seed(0)
     model_path, adapter_path, ids, out, config = sys.argv[1:]
     config = json.loads(config)
     model, _ = mlx_lm.load(model_path)

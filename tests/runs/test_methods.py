@@ -94,7 +94,7 @@ def test_b_learns_faster_with_lora_plus(llama: Path, tmp_path: Path) -> None:
         ({"method": "vera", "alpha": 4}, "vera has no alpha"),
         ({"method": "pissa", "init": "gaussian"}, "pissa has no init"),
         ({"method": "eva", "method_options": {"roh": 2}}, "eva has no option 'roh'; nearest: rho"),
-        ({"method": "eva", "method_options": {"rho": 0.5}}, "rho is 0.5; it must be at least 1"),
+        ({"method": "eva", "method_options": {"rho": 0.5}}, "rho is 0.5; it must be a finite number of at least 1"),
         ({"method": "lora", "method_options": {"gamma": 1}}, "lora has no option 'gamma'; it has none"),
         ({"lora_plus": 0}, "lora_plus is 0.0; it must be above 0"),
     ],

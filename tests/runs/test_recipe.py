@@ -47,6 +47,14 @@ def test_an_unknown_key_brings_the_nearest() -> None:
     assert len(str(caught.value).splitlines()) == 3, "every unknown key has its line"
 
 
+def test_an_option_of_a_method_is_told_where_it_goes() -> None:
+    with pytest.raises(AdapterError, match=r"'gamma'; it is an option of lora-ga: method_options=\{gamma: \.\.\.\}"):
+        recipe("gamma=2")
+    for key in ("projection", "variant"):  # the first is a field of VeRA, which the base decides on
+        with pytest.raises(AdapterError, match=f"there is no key '{key}'; (?!it is an option)"):
+            recipe(f"{key}=9")
+
+
 def test_everything_wrong_is_said_at_once() -> None:
     found = problems(rank="many", chat="maybe", targets={"a": 1}, steps=1.5, alphas="q=3", model="", seed=None)
     assert found == [

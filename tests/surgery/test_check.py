@@ -8,6 +8,7 @@ import lorank
 from lorank import AdapterError, LoRA
 
 from .. import models
+from ..variants.cases import METHODS, leaves, stacked
 
 
 def backward(model: nn.Module, x: Tensor) -> None:
@@ -34,7 +35,7 @@ def test_on_later_steps_both_factors_must_move() -> None:
     with pytest.raises(AdapterError) as error:
         lorank.check(model, moved=True)
     assert "layers.0.self_attn.q_proj.adapters.default.A has a gradient of zeros" in str(error.value)
-    assert "a factor is still zero after your steps; is it in the optimiser?" in str(error.value)
+    assert "its update is still zero after your steps; is it in the optimiser?" in str(error.value)
     models.disturb(model)
     backward(model, x)
     assert lorank.check(model, moved=True) == []
@@ -136,3 +137,30 @@ def test_before_the_backward_pass_it_says_when_to_call_it() -> None:
     lorank.adapt(model, LoRA(), ["q_proj"])
     with pytest.raises(AdapterError, match=r"Call check after loss\.backward\(\)"):
         lorank.check(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_update_that_never_left_its_start_is_named(method: str) -> None:
+    model, x = stacked(METHODS[method]), torch.randn(9, 6)
+    model(x).square().mean().backward()
+    with torch.no_grad():
+        for parameter in leaves(model)["second"].parameters():
+            parameter.add_(1e-2 * torch.randn_like(parameter))
+    with pytest.raises(AdapterError, match=r"\n  first: its update is still zero after your steps"):
+        lorank.check(model, moved=True)
+
+
+def test_rows_of_tokens_that_never_left_their_start_are_named() -> None:
+    model, x = models.llama(), models.ids()
+    x[0, 0] = 40
+    lorank.adapt(model, LoRA(), ["q_proj"], train_tokens={"embed_tokens": [40]})
+    for leaf in (layer.self_attn.q_proj.adapters["default"] for layer in model.model.layers):
+        with torch.no_grad():
+            leaf.B.normal_()
+    backward(model, x)
+    with pytest.raises(AdapterError, match=r"\n  model\.embed_tokens: its update is still zero"):
+        lorank.check(model, moved=True)
+    x[x == 40] = 41  # did not occur
+    model.zero_grad()
+    backward(model, x)
+    assert lorank.check(model, moved=True) == ["model.embed_tokens: none of the 1 trained tokens occurred"]

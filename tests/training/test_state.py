@@ -1,5 +1,6 @@
 """A training that was stored and taken up again goes on to the bit."""
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -178,3 +179,29 @@ def test_a_state_of_other_parameters_is_refused() -> None:
         trained(2, other, TrainState.of(stored))
     with pytest.raises(AdapterError, match=f"0 then, {count} now"):
         trained(2, adapted(), TrainState.of({k: t for k, t in stored.items() if not k.startswith("optimiser.")}))
+
+
+def test_lora_plus_goes_on_to_the_bit_in_two_groups() -> None:
+    config = TrainConfig(steps=4, learning_rate=1e-2, lora_plus=8)
+
+    def steps(model: Any, state: TrainState, stop: int) -> None:
+        following = itertools.islice(batches(), state.step, None)
+        for step in lorank.train(lorank.adapter_parameters(model), loss(model), following, config, state=state):
+            assert state._optimiser is not None
+            rates = [group["lr"] for group in state._optimiser.param_groups]
+            assert rates == [config.learning_rate, 8 * config.learning_rate]  # a kernel each, and not one a parameter
+            if step.index == stop:
+                break
+
+    whole, model = adapted(), adapted()
+    seed(11)
+    steps(whole, TrainState(), 4)
+    seed(11)
+    state = TrainState()
+    steps(model, state, 2)
+    stored, again = through_a_file(state.tensors()), adapted()
+    again.load_state_dict(model.state_dict())
+    steps(again, TrainState.of(stored), 4)
+    expected = lorank.adapter_parameters(whole)
+    for key, parameter in lorank.adapter_parameters(again).items():
+        assert torch.equal(parameter, expected[key]), key

@@ -58,7 +58,7 @@ def test_a_stored_budget_of_another_adapter_is_refused() -> None:
         other.restore(stored)
     with pytest.raises(AdapterError, match=r"of another adapter: odd \(1,\)"):
         budget.restore({"odd": torch.ones(1)})
-    with pytest.raises(AdapterError, match=r"lacks second\[weight\]"):
+    with pytest.raises(AdapterError, match=r"lacks second$"):
         budget.restore({key: tensor for key, tensor in stored.items() if key.startswith("first")})
     for late in (14, 15):
         with pytest.raises(AdapterError, match=f"knows nothing of the steps before {late}"):

@@ -1,5 +1,6 @@
 """Methods that start from data: what they see, and what they refuse before they saw it."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lorank import EVA, AdapterError, LoRA, LoRAGA
 from lorank.variants import Spec, deal_ranks
 from lorank.variants.eva import PrincipalDirections
 
+from ..models import disturb
 from .cases import Stack, leaves, stacked
 
 CALIBRATED = [EVA(rank=2, alpha=4), LoRAGA(rank=2, alpha=4)]
@@ -200,3 +202,49 @@ def test_a_tied_embedding_and_head_start_from_the_gradient_of_both() -> None:
     torch.testing.assert_close(model(ids), before)
     A = leaves(model)["0"].A.detach()
     torch.testing.assert_close((A / A.norm(dim=1, keepdim=True)) @ V[:2].T, torch.eye(2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("spec", CALIBRATED, ids=lambda spec: spec.variant)
+def test_others_that_are_active_rest_while_the_base_is_watched(spec: Spec) -> None:
+    alone: Any = Stack()
+    x = torch.randn(9, 6)
+
+    def loss(model: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(x).square().mean()
+
+    both: Any = copy.deepcopy(alone)
+    lorank.adapt(both, LoRA(rank=2), ["first", "second"], name="other")
+    disturb(both, "other")
+    for model in (alone, both):
+        lorank.adapt(model, spec, ["first", "second"], name="new", activate=model is alone)
+    lorank.activate(both, "other", "new")
+    assert lorank.calibrate(both, loss(both), [x]) == lorank.calibrate(alone, loss(alone), [x])
+    assert lorank.active_adapters(both) == ["other", "new"]
+    for name, leaf in leaves(alone, "new").items():
+        assert torch.equal(leaf.A, leaves(both, "new")[name].A)
+
+
+def test_of_two_that_start_from_data_one_has_to_be_named() -> None:
+    model: Any = Stack()
+    for name, spec in (("eva", EVA(rank=2, alpha=4)), ("ga", LoRAGA(rank=2, alpha=4))):
+        lorank.adapt(model, spec, ["first", "second"], name=name, activate=False)
+    lorank.activate(model, "eva", "ga")
+    x = torch.randn(9, 6)
+    with pytest.raises(AdapterError, match="eva, ga start from data; name one at a time"):
+        lorank.calibrate(model, lambda x: model(x).square().mean(), [x])
+    for name in ("eva", "ga"):
+        lorank.calibrate(model, lambda x: model(x).square().mean(), [x], name)
+    assert model(x).shape == (9, 5)
+
+
+def test_what_stands_for_the_update_of_lora_ga_takes_no_memory() -> None:
+    model: Any = Stack()
+    lorank.adapt(model, LoRAGA(rank=2), ["first", "second"])
+    stored = []
+
+    def loss(x: Tensor) -> Tensor:
+        stored.extend(vars(leaf)["probe"].untyped_storage().nbytes() for leaf in leaves(model).values())
+        return model(x).square().mean()
+
+    lorank.calibrate(model, loss, [torch.randn(9, 6)] * 2)
+    assert stored == [4] * 4

@@ -1,12 +1,15 @@
 """What holds of the methods beside LoRA, without another library to compare with."""
 
 import copy
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import lorank
 from lorank import AdapterError, DoRA, LoHa, LoKr, LoRA, LoRAFA, LoRAGA, MiLoRA, PiSSA, TrainConfig, VeRA
@@ -113,6 +116,43 @@ def test_a_start_that_is_not_zero_leaves_the_base_and_goes_into_a_file_of_twice_
     assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("method", SHIFTED)
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_start_that_is_not_zero_changes_nothing_with_dropout_either(method: str, host: str) -> None:
+    spec: Any = dataclasses.replace(METHODS[method], dropout=0.5)
+    case = CASES[host]
+    model, x = case.model().eval(), case.inputs()
+    expected = model(x)
+    adapt(model, spec, case)
+    for layer in adapted_layers(model).values():
+        layer.adapters.train()
+    assert torch.equal(model(x), expected)
+    for layer in adapted_layers(model).values():
+        entry: Any = layer.adapters["default"]
+        for leaf in entry.leaves():
+            assert leaf.training and leaf.A.any()
+            assert not leaf.change(layer).any() and not leaf.delta_weight(layer).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_matrix_that_two_layers_have_is_trained_by_both(method: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 6, bias=False))
+    model[2].weight = nn.Parameter(model[0].weight.T)  # other memory order, one storage
+    spec, x = METHODS[method], torch.randn(9, 6)
+    if spec.variant in ("dora", "loha", "lokr"):
+        with pytest.raises(AdapterError, match="has no form for that"):
+            lorank.adapt(model, spec, ["0", "2"], tie=True)
+        return
+    lorank.adapt(model, spec, ["0", "2"], tie=True)
+    if isinstance(spec, lorank.EVA | LoRAGA):
+        lorank.calibrate(model, lambda x: model(x).square().mean(), [x])
+    disturb(model)
+    delta = model[0].adapters["default"].delta_weight(model[0])
+    W = model[0].weight.detach() + delta
+    assert delta.any()
+    torch.testing.assert_close(model(x), torch.tanh(x @ W.T) @ W)
+
+
 @pytest.mark.parametrize("method", ["pissa", "milora"])
 @pytest.mark.parametrize("alpha", [3, -0.5])
 def test_singular_vectors_of_the_weight_are_taken_whole(method: str, alpha: float) -> None:
@@ -191,8 +231,12 @@ def test_lora_plus_needs_something_to_hasten() -> None:
     model = stacked(LoKr(rank=64))
     with pytest.raises(AdapterError, match="LoRA\\+ has nothing to do"):
         lorank.parameter_groups(model, 1e-3)
-    with pytest.raises(AdapterError, match="lora_plus needs the parameters with their names, and a B"):
+    with pytest.raises(AdapterError, match="LoRA\\+ has nothing to do"):
         next(lorank.train(lorank.adapter_parameters(model), model, [1], TrainConfig(lora_plus=2)))
+    found = lorank.adapter_parameters(stacked(LoRA(rank=2)))
+    for parameters in (found.values(), dict(found)):  # which of them is a B, nothing says
+        with pytest.raises(AdapterError, match="lora_plus needs what lorank"):
+            next(lorank.train(parameters, model, [1], TrainConfig(lora_plus=2)))
     with pytest.raises(AdapterError, match="ratio is 0"):
         lorank.parameter_groups(stacked(LoRA(rank=2)), 1e-3, ratio=0)
 
@@ -218,3 +262,56 @@ def test_methods_stand_beside_each_other_in_one_model(tmp_path: Path) -> None:
     assert torch.equal(fresh(x), y)
     lorank.merge(model)
     torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
+class Head(nn.Module):
+    """A head whose parameters are called as those of updates are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.B, self.b = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.B + self.b
+
+
+def test_lora_plus_does_not_hasten_what_is_only_called_like_a_b() -> None:
+    model: Any = nn.Sequential(Stack(), Head())
+    lorank.adapt(model, LoRA(rank=2), ["first"], train_also=["1"])
+    twin = copy.deepcopy(model)
+    lorank.reset(twin)
+    for one in (model, twin):
+        slow, fast = lorank.parameter_groups(one, 1e-3, 16)
+        named = lorank.adapter_parameters(one)
+        assert fast["lr"] == 16 * slow["lr"] and len(slow["params"]) == 3
+        assert [p is named["0.first.adapters.default.B"] for p in fast["params"]] == [True]
+    head = {key: p.detach().clone() for key, p in model[1].adapters["default"].named_parameters()}
+    config = TrainConfig(steps=1, learning_rate=1e-3, lora_plus=16, clip=None)
+    x = torch.ones(3, 6)
+    for _ in lorank.train(lorank.adapter_parameters(model), lambda x: model(x).square().mean(), [x], config):
+        pass
+    for key, parameter in model[1].adapters["default"].named_parameters():
+        assert 0 < float((parameter.detach() - head[key]).abs().max()) < 1.1e-3
+
+
+WRONG = [
+    (lorank.AdaLoRA, {"orthogonality": "x"}, "orthogonality is 'x'; it must be a finite number of at least 0"),
+    (lorank.AdaLoRA, {"orthogonality": -1}, "orthogonality is -1; it must be a finite number of at least 0"),
+    (lorank.AdaLoRA, {"beta1": 0}, "beta1 is 0; it must be a number in (0, 1)"),
+    (lorank.AdaLoRA, {"beta2": 1.0}, "beta2 is 1.0; it must be a number in (0, 1)"),
+    (lorank.EVA, {"rho": "2"}, "rho is '2'; it must be a finite number of at least 1"),
+    (lorank.EVA, {"rho": 0.5}, "rho is 0.5; it must be a finite number of at least 1"),
+    (PiSSA, {"iterations": True}, "iterations is True; it must be a whole number of at least 1"),
+    (PiSSA, {"iterations": 0}, "iterations is 0; it must be a whole number of at least 1"),
+    (LoKr, {"decompose_both": "no"}, "decompose_both is 'no'; it must be True or False"),
+    (LoRA, {"rank_stabilised": 1}, "rank_stabilised is 1; it must be True or False"),
+    (LoRAGA, {"gamma": -16}, "gamma is -16; it must be a finite number above 0"),
+    (LoRAGA, {"gamma": float("nan")}, "gamma is nan; it must be a finite number above 0"),
+    (VeRA, {"projection": 5}, "projection is 5; it must be two sizes"),
+]
+
+
+@pytest.mark.parametrize("spec, fields, says", WRONG, ids=lambda value: str(value)[:30])
+def test_a_field_of_the_wrong_kind_is_named(spec: Any, fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(AdapterError, match=re.escape(says)):
+        spec(**fields)

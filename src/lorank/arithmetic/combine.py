@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from ..errors import AdapterError, raise_problems
 from ..formats.content import Content, LayerUpdate
+from ..names import in_order, label_of
 from ..variants import LoRA
-from .factors import Factors, norm, require_rank_or_energy, stacked, truncated, truncated_dense
+from .factors import Factors, norm, require_rank_or_energy, stacked, trainable, truncated, truncated_dense
 from .reports import Report, Row, enumerate_weights
 from .sources import place_of, same_base_problems, take_about, take_base, take_whole, tied_of
 from .sparse import combined_dense
-from .updates import dtype_of, factors, in_order, label_of, most_common, rebuilt, require_sound
+from .updates import dtype_of, factors, most_common, rebuilt, require_sound
 
 CombinationMethod = Literal["exact", "svd", "ties", "dare", "dare-ties"]
 _USUAL_DENSITY = {"ties": "its paper keeps 0.2", "dare": "its paper keeps 0.1 to 0.5", "dare-ties": "0.5, say"}
@@ -59,19 +59,17 @@ def combine(
     take_base(result, adapters, problems)
     notes = take_about(result, adapters, whole)
     notes += take_whole(result, adapters, weights, whole, problems)
-    raise_problems("cannot combine", problems)
     rows = []
     for layer, place in places.items():
         made: dict[str, Factors] = {}
         for part in dict.fromkeys(part for update in updates[layer].values() for part in update.tensors):
-            pieces = [
-                _weighted(*factors(layer, part, update), weights[name])
-                for name, update in updates[layer].items()
-                if part in update.tensors
-            ]
-            made[part], row = _combined(pieces, label_of(layer, part), method, rank, density, seed)
-            rows.append(row)
-        result.updates[layer] = rebuilt(place, made, dtype_of(*updates[layer].values()))
+            pieces = _pieces(layer, part, updates[layer], weights, problems)
+            if not problems:  # else there is nothing to do but to find the others
+                made[part], row = _combined(pieces, label_of(layer, part), place.lookup, method, rank, density, seed)
+                rows.append(row)
+        if not problems:
+            result.updates[layer] = rebuilt(place, made, dtype_of(*updates[layer].values()))
+    raise_problems("cannot combine", problems)
     result.spec = most_common(result)
     if result.biases:
         result.bias = "adapted" if result.biases.keys() <= result.updates.keys() else "all"
@@ -117,34 +115,38 @@ def _places(
     found: dict[str, dict[str, LayerUpdate]] = {}
     for layer in in_order(layer for content in adapters.values() for layer in content.updates):
         having = {name: content.updates[layer] for name, content in adapters.items() if layer in content.updates}
-        shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         try:
             places[layer], found[layer] = place_of(layer, having)
         except AdapterError as error:
             problems.append(str(error))
-            continue
-        for name, update in found[layer].items():
-            for part in update.tensors:
-                try:
-                    A, B = factors(layer, part, update)
-                except AdapterError as error:
-                    problems.append(f"{name}: {error}")
-                    continue
-                shape = (*B.shape[:-1], A.shape[-1])
-                other, expected = shapes.setdefault(part, (name, shape))
-                if shape != expected:
-                    problems.append(f"{label_of(layer, part)}: ΔW is {expected} in {other}, and {shape} in {name}")
     return places, found
 
 
-def _weighted(A: Tensor, B: Tensor, weight: float) -> Factors:
-    """Return the factors of weight · B A, of which each takes half."""
-    size = abs(weight) ** 0.5
-    return A * size, B * math.copysign(size, weight)
+def _pieces(
+    layer: str, part: str, updates: Mapping[str, LayerUpdate], weights: Mapping[str, float], problems: list[str]
+) -> list[Factors]:
+    """Return the factors of each adapter's weighted update of a part, of which both take half of the weight."""
+    pieces: dict[str, Factors] = {}
+    for name, update in updates.items():
+        if part not in update.tensors:
+            continue
+        try:
+            A, B = factors(layer, part, update)
+        except AdapterError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        size = abs(weights[name]) ** 0.5
+        pieces[name] = A * size, B * math.copysign(size, weights[name])
+    shapes = {name: (*B.shape[:-1], A.shape[-1]) for name, (A, B) in pieces.items()}
+    for name, shape in shapes.items():
+        first, expected = next(iter(shapes.items()))
+        if shape != expected:
+            problems.append(f"{label_of(layer, part)}: ΔW is {expected} in {first}, and {shape} in {name}")
+    return list(pieces.values())
 
 
 def _combined(
-    pieces: list[Factors], label: str, method: str, rank: int | None, density: float | None, seed: int
+    pieces: list[Factors], label: str, lookup: bool, method: str, rank: int | None, density: float | None, seed: int
 ) -> tuple[Factors, Row]:
     """Return the factors of a combination, and what they lack of it."""
     largest = max(A.shape[-2] for A, _ in pieces)
@@ -159,4 +161,4 @@ def _combined(
         # In float32: an embedding's ΔW has as many numbers as the embedding.
         updates = [(B @ A).to(torch.float32) for A, B in pieces]
         found = truncated_dense(combined_dense(updates, method, density, seed, label), rank or largest)
-    return (found.A, found.B), Row(label, found.rank, found.norm, found.error)
+    return trainable(found.A, found.B, found.rank, label, lookup), Row(label, found.rank, found.norm, found.error)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..errors import AdapterError, raise_problems
 from ..formats.content import Content, LayerUpdate
+from ..names import in_order, label_of
 from .factors import Factors, directions_of_rows, inner, norm, similarity, singular, stacked
-from .sources import same_base_problems, trained_whole
-from .updates import factors, in_order, label_of, require_sound
+from .sources import place_of, same_base_problems, trained_whole
+from .updates import factors, require_sound
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,25 @@ def diff(first: Content, second: Content) -> Difference:
     for methods that have no low-rank form apart from their base, with the layer's name, and for layers whose shapes
     differ.
     """
-    for content in (first, second):
+    both = {"the first": first, "the second": second}
+    for content in both.values():
         require_sound(content, "cannot compare")
     problems: list[str] = []
     rows = []
     for layer in in_order([*first.updates, *second.updates]):
-        pair = first.updates.get(layer), second.updates.get(layer)
-        for part in dict.fromkeys(part for update in pair if update is not None for part in update.tensors):
+        having = {name: content.updates[layer] for name, content in both.items() if layer in content.updates}
+        try:
+            _, having = place_of(layer, having)  # with the same parts
+        except AdapterError as error:
+            problems.append(str(error))
+            continue
+        for part in dict.fromkeys(part for update in having.values() for part in update.tensors):
             try:
-                rows.append(_row(layer, part, *pair))
+                rows.append(_row(layer, part, *(having.get(name) for name in both)))
             except AdapterError as error:
                 problems.append(str(error))
     raise_problems("cannot compare", list(dict.fromkeys(problems)))
-    notes = [
-        text.partition("; pass ")[0] for text in same_base_problems({"the first": first, "the second": second}, False)
-    ]
+    notes = [text.partition("; pass ")[0] for text in same_base_problems(both, False)]
     return Difference(tuple(rows), _differing_whole(first, second), tuple(notes))
 
 

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
 from ..fingerprint import fingerprint
-from ..formats import FORMATS
-from ..formats.content import Content, LayerUpdate, own_tensors
-from ..hosts import ConvHost
+from ..formats import as_path, writable, write
+from ..formats.content import Content, LayerUpdate, note_layer, own_tensors
 from ..models import empty_base, known_labels, task_of
+from ..names import label_of
 from ..planning import Bias, Place, Plan, plan
 from ..targets import Targets
 from ..tree import unwrapped
 from ..variants import LoRA
-from .factors import require_rank_or_energy, truncated_dense
+from .factors import require_rank_or_energy, trainable, truncated_dense
 from .reports import Report, Row, warn_of_losses
-from .updates import label_of, most_common, plain_spec
+from .updates import most_common, plain_spec
 from .weights import LoadedWeights, StoredWeights, Weights, same
 
 Tuned = nn.Module | str | os.PathLike[str]
@@ -38,9 +38,9 @@ class Extraction:
 
     def save(self, path: str | os.PathLike[str], *, format: str = "peft") -> None:
         """Write the adapter in a file format, as `lorank.save` does."""
-        if format not in FORMATS:
-            raise AdapterError(f"cannot save: unknown format '{format}'; known are {', '.join(FORMATS)}")
-        for note in FORMATS[format].write(self.content, Path(path).expanduser(), self.model):
+        if format not in writable():
+            raise AdapterError(f"cannot save: unknown format '{format}'; known are {', '.join(writable())}")
+        for note in write(self.content, as_path(path), format, self.model):
             warnings.warn(f"{path}: {note}", AdapterWarning, stacklevel=2)
 
     def __str__(self) -> str:
@@ -172,8 +172,9 @@ def _add_updates(
             raise AdapterError(f"cannot extract: {place.label} holds NaN or Inf in one of the two")
         found = truncated_dense(change.to(device or W1.device), rank, energy)
         rows.append(Row(place.label, found.rank, found.norm, found.error))
-        factors = {"A": found.A.to(W1.device, wide).contiguous(), "B": found.B.to(W1.device, wide).contiguous()}
-        _add(content, place, factors).fingerprints[place.part] = fingerprint(W0, then)
+        A, B = trainable(found.A, found.B, found.rank, place.label, place.host.lookup)
+        tensors = {"A": A.to(W1.device, wide).contiguous(), "B": B.to(W1.device, wide).contiguous()}
+        _add(content, place, tensors).fingerprints[place.part] = fingerprint(W0, then)
     content.spec = most_common(content)
     notes = [
         f"stored as {then} in the base and {now} in the tuned model: rounding is part of the difference"
@@ -198,12 +199,9 @@ def _add_whole(content: Content, after: Weights, made: Plan) -> None:
 
 def _add(content: Content, place: Place, tensors: dict[str, Tensor]) -> LayerUpdate:
     """Put the factors of one place into the content, as `gather` does with those of a model."""
-    spec, host, layer = plain_spec(tensors["A"].shape[-2]), place.host, place.layer
-    update = content.updates.setdefault(place.name, LayerUpdate(spec, {}, host=host))
-    update.lookup = host.lookup
-    update.groups = int(getattr(layer, "groups", 1)) if isinstance(host, ConvHost) else 1
-    update.shapes[place.part] = tuple(host.own(layer, place.part).shape)
-    update.matrices[place.part] = place.shape
+    spec = plain_spec(tensors["A"].shape[-2])
+    update = content.updates.setdefault(place.name, LayerUpdate(spec, {}))
+    note_layer(update, place.layer, place.host, place.part)
     update.tensors[place.part] = tensors
     if spec != update.spec:
         update.specs[place.part] = spec

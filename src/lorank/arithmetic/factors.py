@@ -5,9 +5,11 @@ Shapes as in `lorank.lowrank`, A (r, in) and B (out, r), or with the number of m
 matters in a core of r × r numbers. Everything is computed in float64.
 """
 
+import zlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AdapterError
@@ -46,6 +48,23 @@ def require_rank_or_energy(rank: int | None, energy: float | None) -> None:
 def stacked(pieces: list[Factors]) -> Factors:
     """Return the factors of a sum of updates: each A below the one before, each B beside it."""
     return torch.cat([A for A, _ in pieces], dim=-2), torch.cat([B for _, B in pieces], dim=-1)
+
+
+def trainable(A: Tensor, B: Tensor, rank: int, label: str, lookup: bool = False) -> Factors:
+    """Return factors of a rank, at least their own, with the same product, of which every direction can train.
+
+    Where a row of A and its column of B are both zero, neither would ever get a gradient. Of these one side becomes
+    random: that of a new adapter's two sides which starts so. It depends on the label alone: the same file every time.
+    """
+    missing = rank - A.shape[-2]
+    A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+    dead = ~(A.any(dim=-1) | B.any(dim=-2))  # (..., rank)
+    generator = torch.Generator().manual_seed(zlib.crc32(label.encode()))
+    side = B if lookup else A
+    fresh = (2 * torch.rand(side.shape, generator=generator, dtype=side.dtype) - 1).to(side.device)
+    if lookup:
+        return A, torch.where(dead[..., None, :], fresh, B)
+    return torch.where(dead[..., None], fresh / A.shape[-1] ** 0.5, A), B
 
 
 def inner(first: Factors, second: Factors) -> float:
@@ -102,7 +121,7 @@ def truncated_dense(W: Tensor, rank: int | None = None, energy: float | None = N
     short = vectors[..., :chosen]  # (..., short, rank)
     long = short.mT @ M  # (..., rank, long): singular values times the other side's directions
     sizes = torch.linalg.vector_norm(long, dim=-1)
-    root = sizes.sqrt()
+    root = torch.where(squares[..., :chosen] > 0, sizes, 0.0).sqrt()
     inverse = torch.where(root > 0, 1 / root, 0.0)
     first, second = short * root[..., None, :], long * inverse[..., None]  # (..., short, rank), (..., rank, long)
     A, B = (second, first) if wide else (first.mT, second.mT)

@@ -8,7 +8,7 @@ from ..errors import AdapterError, raise_problems
 from ..formats.content import Content, LayerUpdate
 from ..formats.pairs import beyond_pairs
 from ..variants import LoRA
-from .updates import all_factors, plain_spec, require_sound, with_updates
+from .updates import all_pairs, plain_spec, require_sound, with_updates
 
 Whole = Literal["keep", "drop"]
 
@@ -34,9 +34,8 @@ def scaled(content: Content, factor: float, *, whole: Whole | None = None) -> Co
     if not content.updates:
         raise AdapterError("cannot scale: it has no low-rank update")
     updates: dict[str, LayerUpdate] = {}
-    for layer, part, update, _ in all_factors(content, "cannot scale"):
+    for layer, part, update, (A, B) in all_pairs(content, "cannot scale"):
         made = updates.setdefault(layer, dataclasses.replace(update, specs={}, tensors={}))
-        A, B = update.pair(part)
         before = update.spec_of(part)
         base = before if type(before) is LoRA else plain_spec(A.shape[-2], before)
         alpha = base.alpha * abs(factor) * (1.0 if base is before else before.scale)

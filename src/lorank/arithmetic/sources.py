@@ -12,7 +12,8 @@ from ..fingerprint import Comparison, compare_fingerprints
 from ..formats.content import Content, LayerUpdate
 from ..formats.pairs import pair_of
 from ..hosts import FusedHost
-from .updates import label_of
+from ..names import label_of
+from .updates import plain_spec
 
 Contents = Mapping[str, Content]
 
@@ -79,13 +80,13 @@ def _whole(layer: str, name: str, update: LayerUpdate) -> LayerUpdate:
         return update
     if not isinstance(update.host, FusedHost):
         raise AdapterError(
-            f"{layer}: {name} adapts {enumerate_names(update.tensors)} of it, and another adapter all of it; combine "
-            "them on their model, where the parts' rows are known"
+            f"{layer}: {name} adapts {enumerate_names(update.tensors)} of it, and another adapter all of it; which "
+            "rows these parts have is known on their model alone (lorank.combine)"
         )
     pair = pair_of(layer, update)
     shape = next(iter(update.shapes.values()), None)
     return LayerUpdate(
-        dataclasses.replace(update.spec, rank=pair.rank, alpha=pair.scale * pair.rank, rank_stabilised=False),  # pyright: ignore[reportCallIssue]
+        dataclasses.replace(plain_spec(pair.rank, update.spec), alpha=pair.scale * pair.rank),
         {"weight": {"A": pair.A, "B": pair.B}},
         host=update.host.base,
         shapes={"weight": shape} if shape is not None else {},

@@ -18,13 +18,13 @@ from torch import Tensor
 
 
 def trimmed(W: Tensor, density: float) -> Tensor:
-    """Return W with its largest numbers, so large a share of them, and zeros."""
-    kept = round(density * W.numel())
-    if kept >= W.numel():
+    """Return W (..., out, in) with its largest numbers, so large a share of those of each matrix, and zeros."""
+    flat = W.flatten(-2)  # (..., out · in)
+    kept = round(density * flat.shape[-1])
+    if kept >= flat.shape[-1]:
         return W
-    flat = W.flatten()
     index = flat.abs().topk(kept, sorted=False).indices
-    return torch.zeros_like(flat).index_copy_(0, index, flat[index]).view_as(W)
+    return torch.zeros_like(flat).scatter_(-1, index, flat.gather(-1, index)).view_as(W)
 
 
 def dropped(W: Tensor, density: float, seed: int, label: str) -> Tensor:

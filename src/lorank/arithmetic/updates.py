@@ -1,42 +1,29 @@
 """The updates of a content as plain factors, and updates made of factors."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterError, raise_problems
-from ..formats.content import Content, LayerUpdate
+from ..formats.content import Content, LayerUpdate, is_finite
+from ..names import in_order, label_of
 from ..variants import LoRA, LowRank, Spec
 from .factors import Factors
-
-
-def label_of(layer: str, part: str) -> str:
-    """Return what a matrix is called in reports and errors."""
-    return layer if part == "weight" else f"{layer}[{part}]"
-
-
-def in_order(layers: Iterable[str]) -> list[str]:
-    """Return names of layers with layers.9 before layers.10, each once; a file has its tensors in no order."""
-
-    def by_number(name: str) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-    return sorted(set(layers), key=by_number)
 
 
 def require_sound(content: Content, action: str, name: str = "") -> None:
     """Raise AdapterError for what a reader found wrong with a file, and for an adapter that holds nothing."""
     whose = f"{name}: " if name else ""
-    problems = [f"{whose}{problem}" for problem in content.problems]
+    problems = [f"{whose}{problem}" for problem in content.obstacles()]
     if not (content.updates or content.copies or content.biases or content.tokens):
         problems.append(f"{whose}it holds no adapter")
     raise_problems(action, problems)
 
 
-def factors(layer: str, part: str, update: LayerUpdate) -> Factors:
-    """Return A and B of a part in float64, with the scale folded in: ΔW = B A exactly.
+def checked_pair(layer: str, part: str, update: LayerUpdate) -> Factors:
+    """Return A and B of a part as `LayerUpdate.pair` does: ΔW = scale · B A.
 
     Raises AdapterError, with the layer's name, where the update has no such form, or is not finite.
     """
@@ -46,26 +33,39 @@ def factors(layer: str, part: str, update: LayerUpdate) -> Factors:
         raise AdapterError(f"{label_of(layer, part)}: {error}") from None
     if A.dim() < 2 or B.dim() != A.dim() or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != B.shape[-1]:
         raise AdapterError(f"{label_of(layer, part)}: A {tuple(A.shape)} and B {tuple(B.shape)} are no pair of factors")
-    A, B = A.detach().double(), B.detach().double() * update.spec_of(part).scale
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+    if not (is_finite(A) and is_finite(B)):
         raise AdapterError(f"{label_of(layer, part)} holds NaN or Inf")
-    return A, B
+    return A.detach(), B.detach()
 
 
-def all_factors(content: Content, action: str) -> Iterator[tuple[str, str, LayerUpdate, Factors]]:
-    """Yield (layer, part, update, factors) for every matrix; raises AdapterError that lists all that have none."""
+def unscaled(pair: Factors, scale: float) -> Factors:
+    """Return A and B in float64, with the scale folded in: ΔW = B A exactly."""
+    A, B = pair
+    return A.double(), B.double() * scale
+
+
+def factors(layer: str, part: str, update: LayerUpdate) -> Factors:
+    """Return A and B of a part in float64 with ΔW = B A exactly; raises as `checked_pair` does."""
+    return unscaled(checked_pair(layer, part, update), update.spec_of(part).scale)
+
+
+def all_pairs(content: Content, action: str) -> Iterator[tuple[str, str, LayerUpdate, Factors]]:
+    """Yield (layer, part, update, `checked_pair`) for every matrix, one at a time: some methods have large factors.
+
+    Raises AdapterError that lists all that have none, after the last one.
+    """
     problems = []
-    updates = {layer: content.updates[layer] for layer in in_order(content.updates)}
-    for layer, update in updates.items():
+    for layer in in_order(content.updates):
+        update = content.updates[layer]
         for part in update.tensors:
             try:
-                update.pair(part)
+                pair = checked_pair(layer, part, update)
             except AdapterError as error:
-                problems.append(f"{label_of(layer, part)}: {error}")
+                problems.append(str(error))
+                continue
+            if not problems:
+                yield layer, part, update, pair
     raise_problems(action, problems)
-    for layer, update in updates.items():
-        for part in update.tensors:
-            yield layer, part, update, factors(layer, part, update)
 
 
 def dtype_of(*updates: LayerUpdate) -> torch.dtype:

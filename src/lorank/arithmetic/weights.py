@@ -7,12 +7,12 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, names_in_model
 from ..errors import AdapterError, dtype_name
 from ..hosts import Host
-from ..names import Names
+from ..names import Names, base_tensors
 from ..ties import Ties
-from ..tree import adapter_names, base_modules
+from ..tree import adapter_names
 
 
 class Weights(ABC):
@@ -54,8 +54,14 @@ class LoadedWeights(Weights):
                 f"cannot extract: a model has the adapters {', '.join(adapter_names(model))}; merge them"
             )
         self.model = model
-        self._modules = Names(model).modules
-        self._tensors = tensors_of(model)
+        names = Names(model)
+        self._modules = names.modules
+        self._tensors: dict[str, Tensor] = {}
+        for name, tensor in base_tensors(model).items():
+            owner, _, key = name.rpartition(".")
+            # Each once, and no buffers that are computed anew.
+            if names.canonical[owner] == owner and key not in self._modules[owner]._non_persistent_buffers_set:
+                self._tensors[name] = tensor
         self.names = set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -76,15 +82,11 @@ class StoredWeights(Weights):
 
     def __init__(self, folder: Path, model: nn.Module):
         checkpoint = Checkpoint.of(folder)
-        own, prefix = tensors_of(model), getattr(model, "base_model_prefix", "")
+        names = names_in_model(checkpoint.names, base_tensors(model), getattr(model, "base_model_prefix", ""))
         self.model, self._folder = model, folder
         self._places: dict[str, tuple[str, str, tuple[int, ...]]] = {}  # file, key and shape by name
         for file, slots in checkpoint.shards.items():
-            for slot in slots:
-                # A checkpoint of a bare encoder lacks the prefix that its tensors have under a head.
-                candidates = (slot.name, f"{prefix}.{slot.name}", slot.name.removeprefix(f"{prefix}."))
-                name = next((name for name in candidates if name in own), slot.name)
-                self._places[name] = file, slot.name, slot.shape
+            self._places |= {names[slot.name]: (file, slot.name, slot.shape) for slot in slots}
         self.names = set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -107,21 +109,6 @@ class StoredWeights(Weights):
             return host.matrix(found, part).detach(), dtype_name(tensor.dtype)
         finally:
             found._parameters[attribute] = placeholder
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and saved buffers of a model by name; each module under its first name."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for prefix, module in base_modules(model):
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for name, tensor in [*module._parameters.items(), *buffers.items()]:
-            if tensor is not None:
-                found[f"{prefix}.{name}" if prefix else name] = tensor
-    return found
 
 
 def same(first: Tensor, second: Tensor) -> bool:

@@ -1,16 +1,16 @@
 """Write an adapter of which there is no model: what was read from files is combined, and written again."""
 
 import dataclasses
+import os
 import warnings
-from pathlib import Path
 
 from ..errors import AdapterWarning, raise_problems
-from ..formats import FORMATS
+from ..formats import as_path, write as write_format
 from ..formats.content import Content
 from .sources import about_of
 
 
-def write(content: Content, path: Path) -> None:
+def write(content: Content, path: str | os.PathLike[str]) -> None:
     """Write an adapter in PEFT's layout, without a model.
 
     Raises AdapterError for layers that can be written with their model alone.
@@ -24,5 +24,5 @@ def write(content: Content, path: Path) -> None:
     ]
     raise_problems("cannot write", problems)
     content = dataclasses.replace(content, about=about_of(content))
-    for note in FORMATS["peft"].write(content, path, None):
+    for note in write_format(content, as_path(path), "peft", None):
         warnings.warn(f"{path}: {note}", AdapterWarning, stacklevel=2)

@@ -1,6 +1,6 @@
 """What the commands of adapter arithmetic have in common: reading adapters, and writing one where none is yet."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,25 +39,12 @@ def free(target: str, force: bool) -> Path:
     return path
 
 
-def named(adapters: Sequence[str]) -> dict[str, str]:
-    """Return adapters by name, each given as PATH or NAME=PATH; without a name it is that of the folder."""
-    found: dict[str, str] = {}
-    for given in adapters:
-        name, equals, path = given.partition("=")
-        if not equals or "/" in name or Path(given).exists():
-            name, path = Path(given).expanduser().resolve().name, given
-        if name in found:
-            raise UsageError(f"two adapters are called '{name}'; name them: first=PATH second=PATH")
-        found[name] = path
-    return found
-
-
-def content_of(adapter: str, allow_pickle: bool) -> Any:
+def content_of(adapter: str | Path, allow_pickle: bool) -> Any:
     """Return what an adapter file, or that of a run, says."""
     from ..formats import read
     from ..runs.loading import folder_of
 
-    return read(folder_of(adapter), allow_pickle=allow_pickle)
+    return read(folder_of(str(adapter)), allow_pickle=allow_pickle)
 
 
 def show_written(report: Any, target: Path) -> None:

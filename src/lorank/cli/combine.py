@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .arithmetic import Force, Output, Pickle, content_of, free, named, show_written, wrong_usage
+from .arithmetic import Force, Output, Pickle, content_of, free, show_written, wrong_usage
 from .console import UsageError, err, result
 from .options import Json, OtherBase
 
@@ -49,12 +49,13 @@ def combine(
       lorank combine adapters/sst2 adapters/polite --weights 0.7,0.3 --output adapters/both
       lorank combine a=runs/e2e b=runs/qa --method ties --density 0.2 --rank 16 --output adapters/ties
     """
-    places = named(adapters)
-    amounts = _amounts(weights, len(places))
     from ..arithmetic import combine as combine_contents, write
     from ..arithmetic.combine import require_options
+    from ..runs.loading import named
 
     with wrong_usage():
+        places = named(adapters)
+        amounts = _amounts(weights, len(places))
         require_options(
             {name: (None, amount) for name, amount in zip(places, amounts, strict=True)}, method, rank, density, whole
         )

@@ -56,7 +56,7 @@ def convert(
     given["parts"] = tuple(part.strip() for part in parts.split(",")) if parts else ()
     done = _converted(place, path, to, model or verify, given)
     if verify is not None:
-        done.verified = _verified(verify, place, path, given, done.told)
+        done.verified = _verified(verify, done, given)
     result(done.to_json(), as_json, lambda: out.print(str(done)))
     if done.verified is not None and not done.verified.equal:
         raise typer.Exit(1)
@@ -64,11 +64,11 @@ def convert(
 
 def _require_free(path: Path, force: bool) -> None:
     """Raise AdapterError for a target that is there, unless it is an adapter that is to be replaced."""
-    from ..formats import FORMATS
+    from ..formats import detect
 
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not any(module.detect(path) for module in FORMATS.values()):
+    if detect(path) is None:
         raise AdapterError(f"{path} is there already, and is no adapter; choose another name")
     if not force:
         raise AdapterError(f"{path} is an adapter already; --force replaces it")
@@ -77,31 +77,32 @@ def _require_free(path: Path, force: bool) -> None:
 def _converted(place: Path, path: Path, to: str, model: str | None, given: dict[str, Any]) -> Any:
     """Convert without a model where that can be done, unless one is named."""
     from ..converting import convert as convert_file
-    from ..formats import writable
-    from ..models import empty_base
+    from ..formats import read, writable
+    from ..models import empty_base, known_labels
     from ..runs.loading import base_of
 
-    def of(name: str) -> Any:
-        task, labels = _purpose(place, name, given)
-        return empty_base(name, task, labels=len(labels or range(2)))
+    def of(name: str, content: Any) -> Any:
+        task, labels = _purpose(content, name)
+        return empty_base(name, task, labels=len(labels or known_labels(name)))
 
     if model is not None:
-        return convert_file(place, path, to, of(model), **given)
+        return convert_file(place, path, to, of(model, read(place, **given)), **given)
     try:
         return convert_file(place, path, to, None, **given)
     except AdapterError as error:
-        base = base_of(place, allow_pickle=given["allow_pickle"]) if _says_base(place) else None
-        if base is None or to not in writable():
+        content = read(place, **given) if _says_base(place) and to in writable() else None
+        base = None if content is None else base_of(place, content)
+        if base is None:
             raise
         say(f"reading the configuration of {base}", "dim")
         try:
-            empty = of(base)
+            empty = of(base, content)
         except AdapterError:
             raise error from None
         return convert_file(place, path, to, empty, **given)
 
 
-def _verified(name: str, place: Path, path: Path, given: dict[str, Any], told: Any) -> Any:
+def _verified(name: str, done: Any, given: dict[str, Any]) -> Any:
     """Compare the outputs of a base with both files, on random tokens."""
     import torch
 
@@ -109,26 +110,25 @@ def _verified(name: str, place: Path, path: Path, given: dict[str, Any], told: A
     from ..formats import Given
     from ..models import load_base
 
-    task, labels = _purpose(place, name, given)
+    task, labels = _purpose(done.content, name)
     with err.status(f"loading {name} to compare ..."):
         base = load_base(name, task, labels=labels)
         tokens = base.model.get_input_embeddings().num_embeddings
         ids = torch.randint(tokens, (2, 16), generator=torch.Generator().manual_seed(0))
-        return compare(base.model, place, path, {"input_ids": ids}, Given(**given), told)
+        return compare(base.model, done.source, done.target, {"input_ids": ids}, Given(**given), done.told)
 
 
-def _purpose(place: Path, name: str, given: dict[str, Any]) -> tuple[str, Any]:
-    """Return what a model has to be for an adapter, and the names of its labels."""
-    from ..formats import read
+def _purpose(content: Any, name: str) -> tuple[str, Any]:
+    """Return what a model has to be for an adapter, and the names of its labels, None to leave them as they are."""
     from ..formats.content import outputs_of_head
+    from ..models import task_of
     from ..runs.loading import labels_of
 
-    content = read(place, **given)
     if content.task is not None:
         return content.task, labels_of(content, name)
     count = outputs_of_head(content)
     if not count:
-        return "causal-lm", None
+        return task_of(name) or "causal-lm", None
     return ("regression" if count == 1 else "classification"), [f"LABEL_{i}" for i in range(count)]
 
 

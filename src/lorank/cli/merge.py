@@ -52,7 +52,7 @@ def merge(
     place = folder_of(adapter)
     content = read(place, allow_pickle=allow_pickle)
     task = content.task or "causal-lm"
-    name = model or base_of(place, allow_pickle=allow_pickle)
+    name = model or base_of(place, content)
     if name is None:
         raise AdapterError(f"which base? {adapter} does not say; give --model")
     if dtype not in (None, "float32", "bfloat16", "float16"):

@@ -4,6 +4,7 @@ Importing the folder makes every module in it known that has them; they are trie
 """
 
 import importlib
+import json
 import os
 import pkgutil
 import warnings
@@ -18,12 +19,15 @@ from ..names import Names
 from ..planning import Plan, warn
 from ..surgery import only_adapter, require_name
 from ..tree import require_not_folded, unwrapped
-from .content import Content, Given, LayerUpdate, gather
+from .content import Content, Given, LayerUpdate, as_json, gather
 from .fitting import fit
 
 
 class Format(Protocol):
     """What a module of this folder must have to be a format."""
+
+    NATIVE: tuple[str, ...]  # methods that the format has itself; others are written as LoRA, and `write` here says so
+    WRITES: bool  # whether it can be written
 
     def detect(self, path: Path) -> bool:
         """Tell whether a path is an adapter in this format, by its content."""
@@ -40,6 +44,10 @@ class Format(Protocol):
         """
         ...
 
+    def to_be_told(self, content: Content) -> Given:
+        """Return what a reader has to be told of the file that is written of an adapter."""
+        ...
+
 
 FORMATS: dict[str, Format] = {}
 
@@ -48,7 +56,7 @@ for _found in pkgutil.iter_modules(__path__):
     if hasattr(_module, "detect"):
         FORMATS[_found.name] = _module
 
-__all__ = ["FORMATS", "Content", "Format", "Given", "LayerUpdate", "load", "read", "save"]
+__all__ = ["FORMATS", "Content", "Format", "Given", "LayerUpdate", "detect", "load", "read", "save"]
 
 
 def save(
@@ -69,16 +77,16 @@ def save(
     the only active one. `about` is kept in the file beside lorank's own account of the adapter: any values that
     JSON has, such as the names of labels; `lorank.formats.read` returns it.
 
-    Raises AdapterError for values that are not finite, and when the files cannot be written.
+    Raises AdapterError for values that are not finite, for what JSON has not, and when the files cannot be written.
     """
     model = unwrapped(model)
     require_not_folded(model, "cannot save")
     if format not in FORMATS:
         raise AdapterError(f"cannot save: unknown format '{format}'; known are {', '.join(writable())}")
     chosen = require_name(model, name, "save") if name is not None else only_adapter(model, "save")
-    target = _path(path)
+    target = as_path(path)
     content = gather(model, chosen)
-    content.about = dict(about or {})
+    content.about = json.loads(as_json(about or {}))
     for note in write(content, target, format, model):
         warnings.warn(f"{target}: {note}", AdapterWarning, stacklevel=2)
 
@@ -86,15 +94,24 @@ def save(
 def write(content: Content, path: Path, format: str, model: nn.Module | None) -> list[str]:
     """Write an adapter in a format; return what the file says in another way than the adapter, method included."""
     notes = FORMATS[format].write(content, path, model)
-    native = getattr(FORMATS[format], "NATIVE", None)  # methods that the format has itself
-    methods = {update.spec_of(part).variant for update in content.updates.values() for part in update.tensors}
-    others = sorted(methods - set(native)) if native is not None else []
-    return [f"{', '.join(others)} written as LoRA, which computes the same", *notes] if others else notes
+    others: dict[str, list[str]] = {}  # layers, by method
+    for name, update in content.updates.items():
+        for method in {update.spec_of(part).variant for part in update.tensors} - {*FORMATS[format].NATIVE}:
+            others.setdefault(method, []).append(name)
+    return [
+        f"{method} written as LoRA, which computes the same: {enumerate_names(layers, 3)}"
+        for method, layers in sorted(others.items())
+    ] + notes
 
 
 def writable() -> list[str]:
     """Return the formats that can be written."""
-    return [name for name, module in FORMATS.items() if getattr(module, "WRITES", True)]
+    return [name for name, module in FORMATS.items() if module.WRITES]
+
+
+def detect(path: Path) -> str | None:
+    """Return the format of an adapter, told by what it holds; None for what is none, or not there."""
+    return next((name for name, module in FORMATS.items() if module.detect(path)), None)
 
 
 def load(
@@ -117,9 +134,9 @@ def load(
     allow_other_base: load although the adapted weights differ from those the adapter was saved on. The same
         base in another dtype needs no permission; it warns.
     allow_pickle: open a file that is a pickle (`adapter_model.bin`, loralib's `.pt`), with PyTorch's `weights_only`.
-    alpha: of a file that does not store it (loralib's).
+    alpha: of a file that does not store it (loralib's); refused for one that does.
     parts: of a file that does not say which parts of a fused projection it adapts (loralib's): ("q", "v"), or their
-        numbers, ("0", "2"), where the model's order of them is not known.
+        numbers, ("0", "2"), where the model's order of them is not known. Refused for other files.
 
     Every tensor of the file must find its place and every place its tensor. Raises AdapterError, which lists
     every problem, before anything is changed: missing or unexpected keys, wrong shapes, NaN or Inf, another
@@ -127,7 +144,7 @@ def load(
     """
     model = unwrapped(model)
     require_not_folded(model, "cannot load")
-    source = _path(path)
+    source = as_path(path)
     chosen = _detect(source)
     try:
         content = chosen.read(source, Names(model), Given(allow_pickle, alpha, tuple(parts)))
@@ -149,9 +166,10 @@ def read(
     """Return what an adapter file says; of the model, which may be on the meta device, only the names are used.
 
     Without a model, parts of a fused projection come as one pair of factors of the whole layer. What is doubtful
-    about the file stands in the content's `problems`. Raises AdapterError for what is no adapter file, or damaged.
+    about the file stands in the content's `problems`, and what only the model could tell in `needs_model`. Raises
+    AdapterError for what is no adapter file, or damaged.
     """
-    source = _path(path)
+    source = as_path(path)
     chosen = _detect(source)
     try:
         return chosen.read(
@@ -161,7 +179,7 @@ def read(
         raise AdapterError(f"cannot read {source}: {error}") from None
 
 
-def _path(path: str | os.PathLike[str]) -> Path:
+def as_path(path: str | os.PathLike[str]) -> Path:
     """Return a path with ~ expanded; raises AdapterError for what no file system takes."""
     try:
         expanded = Path(path).expanduser()
@@ -176,9 +194,9 @@ def _detect(path: Path) -> Format:
         raise AdapterError(f"cannot load {path}: there is no such file or directory (lorank reads local files only)")
     if not path.is_file() and not path.is_dir():
         raise AdapterError(f"cannot load {path}: it is no regular file, and reading it might never end")
-    for module in FORMATS.values():
-        if module.detect(path):
-            return module
+    found = detect(path)
+    if found is not None:
+        return FORMATS[found]
     inside = sorted(str(found.parent) for found in path.glob("*/adapter_config.json")) if path.is_dir() else []
     hint = f"; there are adapters in {enumerate_names(inside)}" if inside else ""
     raise AdapterError(

@@ -1,6 +1,8 @@
 """What an adapter file says, apart from how its format says it; taken from a model, and put on one."""
 
+import json
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..companions import BiasOffset
-from ..errors import AdapterError, raise_problems
+from ..errors import AdapterError, enumerate_names, raise_problems
 from ..fingerprint import Fingerprint, fingerprint
 from ..hosts import ConvHost, Host, NoHost
+from ..names import label_of
 from ..planning import Bias
 from ..tied import Mirror, Tie
 from ..tokens import TokenRows
@@ -33,11 +36,20 @@ class Given:
     parts: tuple[str, ...] = ()
 
 
-def refuse_given(given: Given) -> None:
-    """Raise AdapterError for an alpha or parts that were given for a file which says them itself."""
-    if given.alpha is not None or given.parts:
-        what = "alpha" if given.alpha is not None else "parts"
-        raise AdapterError(f"{what} is for files that do not say it, and this one does")
+def refuse_given(given: Given, *, alpha: bool = True, parts: bool = True) -> None:
+    """Raise AdapterError for an alpha or parts that were given for a file which says them itself.
+
+    alpha, parts: whether it does.
+    """
+    needless = ["alpha"] if alpha and given.alpha is not None else []
+    needless += ["parts"] if parts and given.parts else []
+    if needless:
+        raise AdapterError(f"{' and '.join(needless)} is for files that do not say it, and this one does")
+
+
+def nothing_to_tell(content: "Content") -> Given:
+    """Return what a reader has to be told of a file that says everything itself."""
+    return Given()
 
 
 @dataclass
@@ -87,8 +99,65 @@ class Content:
     about: dict[str, Any] = field(default_factory=dict)  # what its maker wrote of it: the task, the names of labels
     task: str | None = None  # what the model is for, when the file says so: causal-lm or classification
     base_model: str | None = None  # where the base is, when the file says so: a hub id
+    needs_model: str | None = None  # read without the model that it depends on: what cannot be known without it
     problems: list[str] = field(default_factory=list)  # what a reader found; `fit` adds what it finds, and raises
     remarks: list[str] = field(default_factory=list)  # what a reader should warn of once the adapter is loaded
+
+    def obstacles(self) -> list[str]:
+        """Return why this cannot be put on a model, written or computed with."""
+        return self.problems + ([self.needs_model] if self.needs_model else [])
+
+
+def as_json(about: Mapping[str, Any]) -> str:
+    """Return what an adapter says of itself as JSON, in one way; raises AdapterError for values that JSON has not."""
+    try:
+        return json.dumps(about, sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(f"no file can hold what `about` says: {error}") from None
+
+
+def take_about(content: Content, found: object) -> None:
+    """Take what a file has as `about`: a text with JSON, or the object itself. Anything else is a problem of it."""
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError):
+            found = None
+    if not isinstance(found, dict):
+        content.problems.append("its `about` is no JSON object")
+        return
+    content.about = found
+    if isinstance(found.get("task"), str):
+        content.task = found["task"]
+
+
+def tensors_of_updates(content: Content) -> dict[str, Tensor]:
+    """Return the tensors of all updates, by what messages call them."""
+    return {
+        f"{label_of(layer, part)}: {key}": tensor
+        for layer, update in content.updates.items()
+        for part, named in update.tensors.items()
+        for key, tensor in named.items()
+    }
+
+
+def other_tensors(content: Content) -> dict[str, Tensor]:
+    """Return what else of an adapter is trained, by what messages call it."""
+    found = {f"{layer}.bias": bias for layer, bias in content.biases.items()}
+    found |= {f"{copy}.{key}": tensor for copy, tensors in content.copies.items() for key, tensor in tensors.items()}
+    return found | {f"{layer}: rows of tokens": rows for layer, (_, rows) in content.tokens.items()}
+
+
+def not_finite(*tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return a problem that names the tensors with NaN or Inf in them, [] where there are none."""
+    wrong = [name for named in tensors for name, tensor in named.items() if not is_finite(tensor)]
+    return [f"NaN or Inf in {enumerate_names(wrong, 4)}"] if wrong else []
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether no number of a tensor is NaN or Inf; PyTorch itself cannot for those of 8 bits."""
+    exact = tensor.dtype == torch.float64 or not tensor.is_floating_point()
+    return bool(torch.isfinite(tensor if exact else tensor.float()).all())
 
 
 def outputs_of_head(content: Content) -> int:
@@ -106,7 +175,7 @@ def gather(model: nn.Module, name: str) -> Content:
         for key, parameter in entry.named_parameters():
             if parameter.is_meta:
                 problems.append(f"{layer_name}: {key} is on the meta device and has no values")
-            elif not torch.isfinite(_collected(parameter)).all():
+            elif not is_finite(_collected(parameter)):
                 problems.append(f"{layer_name}: {key} holds NaN or Inf")
         if not isinstance(entry, Adapter):
             content.copies[layer_name] = _tensors(entry)

@@ -19,14 +19,14 @@ from ..tied import TOKENS, Tie, mirrors, sharing, tie_of
 from ..ties import Ties
 from ..tokens import TokenRows, find_tokens
 from ..variants import Adapter, Update
-from .content import Content, LayerUpdate, note_layer, own_tensors
+from .content import Content, LayerUpdate, is_finite, note_layer, own_tensors
 
 
 def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_other_base: bool) -> Plan:
     """Put an adapter on a model. Everything is checked first; on an error nothing has changed."""
     require_no_inference_mode("cannot load")
     names = Names(model)
-    problems = name_problems(model, name) + content.problems
+    problems = name_problems(model, name) + content.obstacles()
     parts: dict[str, dict[str, Adapter]] = {}
     places = _fit_updates(content, names, parts, problems, allow_other_base)
     ties = Ties(model)
@@ -240,7 +240,7 @@ def _value_problems(what: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
     """Return what is wrong with the values of a file's tensor that is to be kept in a dtype."""
     if not tensor.is_floating_point():
         return [f"{what} is {dtype_name(tensor.dtype)} in the file; it must be floating-point"]
-    if not torch.isfinite(tensor if tensor.dtype == torch.float64 else tensor.float()).all():
+    if not is_finite(tensor):
         return [f"{what} holds NaN or Inf"]
     if not torch.isfinite(tensor.to(dtype)).all():
         return [f"{what} holds numbers that are too large for {dtype_name(dtype)}"]

@@ -5,12 +5,10 @@ token embedding, whose A is looked up, lora_a is (vocabulary, rank) and lora_b (
 the file: llama.cpp multiplies each update by alpha / its own rank, or by 1 where alpha is 0.
 """
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +20,28 @@ from ..hosts import NoHost
 from ..names import Names
 from ..variants import LoRA
 from . import gguf_file
-from .content import Content, Given, LayerUpdate, refuse_given
+from .content import Content, Given, LayerUpdate, as_json, nothing_to_tell, refuse_given, take_about
 from .gguf_names import (
     EMBEDDING,
     HEAD,
     Architecture,
-    Heads,
     architecture_called,
     architecture_of,
     has_one_matrix_for_both_ends,
-    heads_of,
-    rotated,
-    unrotated,
 )
 from .pairs import Pair, beyond_pairs, pairs_of
+from .rotation import Heads, heads_of, rotated, unrotated
 from .safetensors_file import write_atomically
 
 _TYPE, _ARCHITECTURE, _METHOD = "general.type", "general.architecture", "adapter.type"
 _ALPHA, _INVOCATION, _PROMPT = "adapter.lora.alpha", "adapter.alora.invocation_tokens", "adapter.lora.prompt_prefix"
 _ABOUT = "lorank.about"
 _FACTOR = re.compile(r"(?P<tensor>.+)\.weight\.lora_(?P<factor>[ab])")
+_NEEDS_MODEL = (
+    "its rows of q and k are in llama.cpp's order, by heads, whose number only the model says: give the model"
+)
 
-NATIVE = ("lora",)  # methods that the format has itself
+NATIVE, WRITES, to_be_told = ("lora",), True, nothing_to_tell
 
 
 def detect(path: Path) -> bool:
@@ -75,7 +73,6 @@ def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
     tensors: dict[str, Tensor] = {}
     folded: list[str] = []
     for tensor, (layer, pair) in places.items():
-        pair = replace(pair, A=pair.A.float(), B=pair.B.float())  # before folding, which rounds to B's dtype
         if _alpha_of(pair) != alpha:
             pair = pair.at(pair.rank, alpha / pair.rank)
             folded.append(layer)
@@ -104,7 +101,7 @@ def _metadata(
     if architecture.rotated and heads is not None:  # llama.cpp has them from the model; readers without one do not
         metadata |= dict(zip(_head_counts(architecture), (heads.queries, heads.keys), strict=True))
     if content.about:
-        metadata[_ABOUT] = json.dumps(content.about, sort_keys=True, separators=(",", ":"))
+        metadata[_ABOUT] = as_json(content.about)
     return metadata
 
 
@@ -158,7 +155,7 @@ def _alpha_of(pair: Pair) -> float:
 
 def _written(tensor: str, pair: Pair, architecture: Architecture, heads: Heads | None) -> dict[str, Tensor]:
     """Return the two tensors of a pair whose scale is the file's."""
-    A, B = pair.A, pair.B
+    A, B = pair.A.float(), pair.B.float()
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise AdapterError("with its scale in B it holds numbers that are too large for float32")
     of_layer = architecture.heads_of(tensor, heads)
@@ -177,7 +174,7 @@ def read(path: Path, names: Names | None, given: Given) -> Content:
     """Read an adapter for a model with these module names, or for none; raises AdapterError for damaged files.
 
     Without a model its layers are called as in transformers. How many heads there are, by which llama.cpp orders the
-    rows of q and k, lorank's files say; of others the content then lacks these, and has a problem that says so.
+    rows of q and k, lorank's files say; those of others stay in that order then, and the content needs the model.
     """
     refuse_given(given)
     metadata, tensors = gguf_file.read(path)
@@ -208,12 +205,15 @@ def read(path: Path, names: Names | None, given: Given) -> Content:
             content.problems.append(f"{tensor}.weight: this architecture has no such tensor that can be adapted")
             continue
         try:
-            content.updates[layer] = _update(tensor, factors, alpha, architecture, heads)
+            of_layer = architecture.heads_of(tensor, heads)
+            if of_layer is None:
+                content.needs_model = _NEEDS_MODEL
+            content.updates[layer] = _update(tensor, factors, alpha, of_layer or 0)
         except AdapterError as error:
             content.problems.append(f"{tensor}.weight: {error}")
     if content.updates:
         content.spec = Counter(update.spec for update in content.updates.values()).most_common(1)[0][0]
-    _read_about(metadata, content)
+    take_about(content, metadata.get(_ABOUT, "{}"))
     return content
 
 
@@ -234,22 +234,18 @@ def _factors(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, di
     return whole
 
 
-def _update(
-    tensor: str, factors: Mapping[str, Tensor], alpha: float, architecture: Architecture, heads: Heads | None
-) -> LayerUpdate:
-    """Return the update that two tensors make; raises AdapterError when they do not fit together."""
+def _update(tensor: str, factors: Mapping[str, Tensor], alpha: float, heads: int) -> LayerUpdate:
+    """Return the update that two tensors make, with rows rotated in so many heads.
+
+    Raises AdapterError when the tensors do not fit together.
+    """
     A, B = factors["a"], factors["b"]
     lookup = tensor == EMBEDDING
     if A.dim() != 2 or B.dim() != 2 or A.shape[1 if lookup else 0] != B.shape[1]:
         raise AdapterError(f"lora_a {tuple(A.shape)} and lora_b {tuple(B.shape)} are no pair of factors of a matrix")
-    of_layer = architecture.heads_of(tensor, heads)
-    if of_layer is None:
-        raise AdapterError(
-            "its rows are in llama.cpp's order, by heads, whose number only the model says: give the model"
-        )
     rank = B.shape[1]
     spec = LoRA(rank=rank, alpha=alpha or float(rank))
-    A, B = (A.T.contiguous() if lookup else A), (unrotated(B, of_layer) if of_layer else B)
+    A, B = (A.T.contiguous() if lookup else A), (unrotated(B, heads) if heads else B)
     return LayerUpdate(spec, {"weight": {"A": A, "B": B}}, lookup=lookup)
 
 
@@ -271,17 +267,3 @@ def _metadata_problems(metadata: Mapping[str, Any]) -> list[str]:
     if tokens is None or (isinstance(tokens, gguf_file.Array) and not tokens.count):
         return []
     return ["it is an aLoRA, which acts from its invocation tokens on; here it would act from the start"]
-
-
-def _read_about(metadata: Mapping[str, Any], content: Content) -> None:
-    if _ABOUT not in metadata:
-        return
-    try:
-        about = json.loads(metadata[_ABOUT])
-    except (TypeError, ValueError, RecursionError):
-        about = None
-    if isinstance(about, dict):
-        content.about = about
-        content.task = about.get("task") if isinstance(about.get("task"), str) else None
-    else:
-        content.problems.append(f"{_ABOUT} is no JSON object")

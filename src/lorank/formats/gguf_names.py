@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import AdapterError, did_you_mean, enumerate_names
 from ..names import Names
+from .rotation import Heads
 
 EMBEDDING, HEAD = "token_embd", "output"
 _ROTATED = re.compile(r"blk\.[0-9]+\.attn_(q|k)")
@@ -64,29 +65,12 @@ class Architecture:
         """Return the name of the layer whose weight a tensor is, given without .weight."""
         return _translated(tensor, {value: key for key, value in self.tensors.items()})
 
-    def heads_of(self, tensor: str, config: "Heads | None") -> int | None:
+    def heads_of(self, tensor: str, config: Heads | None) -> int | None:
         """Return of how many heads the rows of a tensor are rotated, 0 where none are; None where that is unknown."""
         found = _ROTATED.fullmatch(tensor) if self.rotated else None
         if found is None:
             return 0
         return None if config is None else config.queries if found[1] == "q" else config.keys
-
-
-@dataclass(frozen=True)
-class Heads:
-    """How many heads a model's attention has."""
-
-    queries: int
-    keys: int
-
-    @staticmethod
-    def of(queries: Any, keys: Any) -> "Heads | None":
-        """Return what a configuration says; None where that is no number of heads."""
-        whole = all(isinstance(count, int) and count > 0 for count in (queries, keys))
-        return Heads(queries, keys) if whole else None
-
-    def __str__(self) -> str:
-        return f"{self.queries} heads of queries and {self.keys} of keys"
 
 
 # By the name of transformers' class. Those of one name have the same layers, and the first of them is how a file that
@@ -147,40 +131,12 @@ def architecture_called(name: Any) -> Architecture:
     return found
 
 
-def heads_of(model: nn.Module) -> Heads | None:
-    """Return the heads of a transformers model, as its configuration says; None where it does not."""
-    config = getattr(model, "config", None)
-    queries = getattr(config, "num_attention_heads", None)
-    return Heads.of(queries, getattr(config, "num_key_value_heads", None) or queries)
-
-
 def has_one_matrix_for_both_ends(names: Names, architecture: Architecture) -> bool:
     """Tell whether the head's weight is the embedding's, so that llama.cpp's file of the model has one tensor alone."""
     ends = [architecture.layer_of(tensor) or "" for tensor in (EMBEDDING, HEAD)]
     weights = [names.modules[layer]._parameters.get("weight") for layer in ends if layer in names.modules]
     config = getattr(names.modules[""], "config", None)
     return bool(getattr(config, "tie_word_embeddings", False)) or (len(weights) == 2 and weights[0] is weights[1])
-
-
-def rotated(B: Tensor, heads: int) -> Tensor:
-    """Return the rows of B (out, rank) of q or k in llama.cpp's order: of each head, both halves in turns.
-
-    Raises AdapterError when there are not two halves for each head.
-    """
-    return _reordered(B, heads, 2)
-
-
-def unrotated(B: Tensor, heads: int) -> Tensor:
-    """Undo `rotated`."""
-    return _reordered(B, heads, -1)
-
-
-def _reordered(B: Tensor, heads: int, halves: int) -> Tensor:
-    if heads < 1 or B.shape[0] % (2 * heads):
-        raise AdapterError(f"its {B.shape[0]} rows are not those of {heads} heads")
-    pairs = B.shape[0] // heads // 2
-    inner = (2, pairs) if halves == 2 else (pairs, 2)
-    return B.reshape(heads, *inner, B.shape[1]).transpose(1, 2).reshape(B.shape)
 
 
 def _translated(name: str, table: Mapping[str, str]) -> str | None:

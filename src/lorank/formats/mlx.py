@@ -26,7 +26,7 @@ from ..ties import Ties
 from ..variants import LoRA, LowRank
 from ..variants.dora import DoRA
 from . import safetensors_file
-from .content import Content, Given, LayerUpdate
+from .content import Content, Given, LayerUpdate, as_json, nothing_to_tell, refuse_given, take_about
 from .pairs import Pair, beyond_pairs, pairs_of, uniform
 from .peft.config import read_config
 
@@ -45,7 +45,7 @@ _RENAMED: dict[str, list[tuple[str, str]]] = {
 }
 _MULTIMODAL = [("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")]
 
-NATIVE = ("lora", "dora")  # methods that the format has itself
+NATIVE, WRITES, to_be_told = ("lora", "dora"), True, nothing_to_tell
 
 
 def detect(path: Path) -> bool:
@@ -108,9 +108,7 @@ def read(path: Path, names: Names | None, given: Given) -> Content:
             content.updates[layer] = LayerUpdate(spec, {"weight": named}, lookup=lookup)
     if names is not None:
         content.tied = _tied_heads(content, names)
-    about = config.get("about")
-    content.about = about if isinstance(about, dict) else {}
-    content.task = content.about.get("task")
+    take_about(content, config.get("about", {}))
     return content
 
 
@@ -124,16 +122,18 @@ def _read_spec(config: Mapping[str, Any], given: Given) -> LowRank:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise AdapterError(f"{CONFIG}: lora_parameters is {parameters!r}, and has to say rank and scale")
-    kinds: dict[str, Any] = {"rank": int, "scale": (int, float), "alpha": (int, float), "dropout": (int, float)}
-    values = {name: parameters.get(name) for name in kinds}
-    wrong = [
+    values: list[Any] = [parameters.get(name) for name in ("rank", "scale", "alpha", "dropout")]
+    rank, scale, alpha, dropout = values
+    wrong = [] if isinstance(rank, int) and not isinstance(rank, bool) else [f"rank is {rank!r}"]
+    wrong += [
         f"{name} is {value!r}"
-        for name, value in values.items()
-        if (value is not None or name == "rank") and (isinstance(value, bool) or not isinstance(value, kinds[name]))
+        for name, value in (("scale", scale), ("alpha", alpha), ("dropout", dropout))
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float))
     ]
     raise_problems(f"{CONFIG}: lora_parameters cannot be read", wrong)
-    rank, scale, alpha, dropout = parameters["rank"], *list(values.values())[1:]
-    if scale is None or alpha not in (None, rank):
+    said = scale is not None and alpha in (None, rank)
+    refuse_given(given, alpha=said)
+    if scale is None or not said:
         if given.alpha is None and scale is None:
             raise AdapterError(f"{CONFIG}: lora_parameters has no scale, the factor of the update: pass alpha")
         if given.alpha is None:
@@ -226,11 +226,8 @@ def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
         },
     }
     if content.about:
-        config["about"] = content.about
-    try:
-        text = json.dumps(config, indent=4, sort_keys=True) + "\n"
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"cannot save: {CONFIG} cannot hold what `about` says: {error}") from None
+        config["about"] = json.loads(as_json(content.about))
+    text = json.dumps(config, indent=4, sort_keys=True) + "\n"
     safetensors_file.write_atomically({path / TENSORS: safetensors_file.pack(tensors), path / CONFIG: text.encode()})
     return notes
 
@@ -262,15 +259,15 @@ def _directions(content: Content, problems: list[str]) -> tuple[dict[str, Pair],
     magnitudes: dict[str, Tensor] = {}
     layers = content.updates | {name: content.updates[tie.source] for name, tie in content.tied.items()}
     for name, update in layers.items():
-        tensors = update.tensors.get("weight")
-        if tensors is None or tensors["A"].dim() != 2 or any(len(shape) != 2 for shape in update.shapes.values()):
+        tensors, spec = update.tensors.get("weight"), update.spec_of(next(iter(update.tensors)))
+        if not isinstance(spec, DoRA):
+            problems.append(f"{name} is {spec.variant}, others are DoRA: mlx-lm reads one method for all layers")
+        elif tensors is None or tensors["A"].dim() != 2 or any(len(shape) != 2 for shape in update.shapes.values()):
             problems.append(f"{name}: mlx-lm has DoRA of whole linear layers alone")
-        elif not isinstance(update.spec, DoRA):
-            problems.append(f"{name} is {update.spec.variant}, others are DoRA: mlx-lm reads one method for all layers")
         elif update.lookup:
             problems.append(f"{name}: {_NO_DORA_EMBEDDING}")
         else:
-            pairs[name] = Pair(tensors["A"], tensors["B"], update.spec.scale, host=update.host)
+            pairs[name] = Pair(tensors["A"], tensors["B"], update.spec.scale)
             magnitudes[name] = tensors["magnitude"]
     return pairs, magnitudes
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, enumerate_names
-from ..hosts import FusedHost, Host
+from ..hosts import FusedHost
 from ..lowrank import stack_blocks
 from .content import Content, LayerUpdate
 
@@ -21,7 +21,6 @@ class Pair:
     B: Tensor  # (out, r)
     scale: float
     lookup: bool = False  # of an embedding
-    host: Host | None = None
 
     @property
     def rank(self) -> int:
@@ -29,13 +28,17 @@ class Pair:
 
     def at(self, rank: int, scale: float) -> "Pair":
         """Return the same update with another scale, folded into B, and zeros up to a higher rank."""
-        B = self.B if self.scale == scale else (self.B.double() * (self.scale / scale)).to(self.B.dtype)
+        A, B = self.A, folded(self.B, self.scale / scale) if self.scale != scale else self.B
         missing = rank - self.rank
         if missing:
-            A = torch.cat([self.A, self.A.new_zeros(missing, self.A.shape[1])])
+            A = torch.cat([A, A.new_zeros(missing, A.shape[1])])
             B = torch.cat([B, B.new_zeros(B.shape[0], missing)], dim=1)
-            return Pair(A, B, scale, self.lookup, self.host)
-        return Pair(self.A, B, scale, self.lookup, self.host)
+        return Pair(A, B, scale, self.lookup)
+
+
+def folded(factor: Tensor, scale: float) -> Tensor:
+    """Return scale · factor, in float32 at least: rounded to bfloat16 again it would be another update."""
+    return (factor.double() * scale).to(torch.promote_types(factor.dtype, torch.float32))
 
 
 def pair_of(name: str, update: LayerUpdate) -> Pair:
@@ -54,7 +57,7 @@ def pair_of(name: str, update: LayerUpdate) -> Pair:
                 pair = Pair(*update.pair(part), update.spec_of(part).scale)
                 pair = pair.at(pair.rank, scale)
                 blocks.append((pair.A, pair.B, rows.index(part)))
-            return Pair(*stack_blocks(blocks, rows.rows), scale, host=update.host)
+            return Pair(*stack_blocks(blocks, rows.rows), scale)
         if list(update.tensors) != ["weight"]:
             raise AdapterError(f"its parts {enumerate_names(update.tensors)} are matrices of their own")
         if any(len(shape) > 2 for shape in update.shapes.values()):
@@ -64,7 +67,7 @@ def pair_of(name: str, update: LayerUpdate) -> Pair:
         raise AdapterError(f"{name}: {error}") from None
     if A.dim() != 2:
         raise AdapterError(f"{name}: it is a stack of matrices")
-    return Pair(A, B, update.spec.scale, update.lookup, update.host)
+    return Pair(A, B, update.spec.scale, update.lookup)
 
 
 def pairs_of(content: Content, problems: list[str]) -> dict[str, Pair]:

@@ -16,12 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import AdapterError, enumerate_names
-from ..names import Names
+from ..names import Names, label_of
 from ..variants import LoRA, LowRank
 from ..variants.dora import DoRA
-from .content import Content, Given, LayerUpdate
+from .content import Content, Given, LayerUpdate, nothing_to_tell, refuse_given
 from .peft.config import read_config
 from .pickles import head, read_pickle
+from .rotation import heads_of, unrotated
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.pt"
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
@@ -65,7 +66,7 @@ _FAMILIES = {
     "phi3": _Family(_FUSED),
 }
 
-WRITES = False  # see `write`
+NATIVE, WRITES, to_be_told = (), False, nothing_to_tell  # see `write`
 
 
 def detect(path: Path) -> bool:
@@ -94,35 +95,40 @@ def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
 
 
 def read(path: Path, names: Names | None, given: Given) -> Content:
-    """Read an adapter for a model of transformers; raises AdapterError without one, and for damaged files.
+    """Read an adapter for a model of transformers, or for none; raises AdapterError for damaged files.
 
     given: `alpha` where no `adapter_config.json` beside the file has it, and `allow_pickle`.
+
+    Without a model, layers keep torchtune's names and order of rows, and the content needs the model.
     """
     file = _file(path)
     config = read_config(file.parent / CONFIG) if (file.parent / CONFIG).is_file() else {}
     alpha = _alpha(config, given)
-    if names is None:
-        raise AdapterError("torchtune has other names and another order of rows than the model: it has to be given")
-    family, prefix = _family(names)
     content = Content(LoRA())
+    model = None if names is None else _Model.of(names)
+    if model is None:
+        content.needs_model = "torchtune has other names and another order of rows than the model: give the model"
     places: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, tensor in read_pickle(file, given.allow_pickle).items():
-        found = _place(key, family, prefix, names)
-        if found is None or not isinstance(tensor, Tensor):
+        match = _KEY.fullmatch(key)
+        place = None
+        if match is not None:
+            place = (key.removesuffix(f".{match[4]}"), "weight") if model is None else model.place(match)
+        if match is None or place is None or not isinstance(tensor, Tensor):
             content.problems.append(f"{key} is no tensor of an adapter in a model of this kind")
             continue
-        layer, part, rows = found
-        kind = _KINDS[_KEY.fullmatch(key)[4]]  # pyright: ignore[reportOptionalSubscript]: it has a place
+        kind = _KINDS[match[4]]
+        heads = 0 if model is None or kind == "A" else model.heads(match)
         try:
-            ordered = tensor if rows is None or kind == "A" else rows.ordered(tensor)
-        except (RuntimeError, IndexError):
-            content.problems.append(f"{key} is {tuple(tensor.shape)}, and the model has {rows}")
-            ordered = tensor
-        places.setdefault((layer, part), {})[kind] = ordered
+            tensor = unrotated(tensor, heads) if heads else tensor
+        except AdapterError as error:
+            content.problems.append(f"{key}: {error}")
+        places.setdefault(place, {})[kind] = tensor
     for (layer, part), tensors in places.items():
-        wrong = _problem(tensors, config, getattr(names.modules.get(layer), "bias", None) is not None)
+        bias = None if names is None else getattr(names.modules.get(layer), "bias", None)
+        wrong = _problem(tensors, config, bias is not None)
         if wrong:
-            content.problems.append(f"{layer}{'' if part == 'weight' else f'[{part}]'}: {wrong}")
+            content.problems.append(f"{label_of(layer, part)}: {wrong}")
             continue
         spec = _spec(tensors, alpha)
         update = content.updates.setdefault(layer, LayerUpdate(spec, {}, by_parts=part != "weight"))
@@ -147,7 +153,9 @@ def _file(path: Path) -> Path:
 
 def _alpha(config: Mapping[str, Any], given: Given) -> float:
     """Return the numerator of the scale."""
-    alpha = given.alpha if given.alpha is not None else config.get("lora_alpha")
+    said = config.get("lora_alpha")
+    refuse_given(given, alpha=said is not None)
+    alpha = given.alpha if said is None else said
     if alpha is None:
         raise AdapterError(f"torchtune keeps alpha beside the file, in {CONFIG}, which is not there: pass alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
@@ -158,55 +166,44 @@ def _alpha(config: Mapping[str, Any], given: Given) -> float:
         raise AdapterError(f"{CONFIG}: lora_alpha is too large") from None
 
 
-def _family(names: Names) -> tuple[_Family, str]:
-    """Return a model's family, and how the names of its blocks begin."""
-    model = names.modules[""]
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    family = _FAMILIES.get(str(kind))
-    if family is None:
-        what = f"a model of type {kind}" if kind else "a model that is none of transformers'"
-        known = ", ".join(_FAMILIES)
-        raise AdapterError(f"where torchtune's layers are in {what} is not known; it is for {known}")
-    for prefix in ("model.", ""):
-        if f"{prefix}layers.0" in names.modules:
-            return family, prefix
-    raise AdapterError(f"this model is of type {kind}, and has no blocks where those have them (model.layers)")
-
-
 @dataclass(frozen=True)
-class _Heads:
-    """Rows of queries or keys: of each head torchtune interleaves the halves."""
+class _Model:
+    """A model of transformers, and where torchtune's layers are in it."""
 
-    count: int
-    size: int
+    names: Names
+    family: _Family
+    prefix: str  # of the names of its blocks
 
-    def ordered(self, rows: Tensor) -> Tensor:
-        """Return rows (count · size, ...) in transformers' order; raises RuntimeError for another number of rows."""
-        return rows.unflatten(0, (self.count, self.size // 2, 2)).transpose(1, 2).flatten(0, 2)
+    @classmethod
+    def of(cls, names: Names) -> "_Model":
+        """Return a model; raises AdapterError where it is not known where torchtune's layers are in it."""
+        kind = getattr(getattr(names.modules[""], "config", None), "model_type", None)
+        family = _FAMILIES.get(str(kind))
+        if family is None:
+            what = f"a model of type {kind}" if kind else "a model that is none of transformers'"
+            known = ", ".join(_FAMILIES)
+            raise AdapterError(f"where torchtune's layers are in {what} is not known; it is for {known}")
+        for prefix in ("model.", ""):
+            if f"{prefix}layers.0" in names.modules:
+                return cls(names, family, prefix)
+        raise AdapterError(f"this model is of type {kind}, and has no blocks where those have them (model.layers)")
 
-    def __str__(self) -> str:
-        return f"{self.count} heads of {self.size} rows"
+    def place(self, key: re.Match[str]) -> tuple[str, str] | None:
+        """Return the layer and part that a tensor belongs to; None where there is no such layer."""
+        number, owner, name, _ = key.groups()
+        if number is None:
+            return ("score" if "score" in self.names.modules else "lm_head", "weight") if name == "output" else None
+        layer, part = self.family.layers.get(f"{owner}.{name}", (None, ""))
+        return None if layer is None else (f"{self.prefix}layers.{number}.{layer}", part)
 
-
-def _place(key: str, family: _Family, prefix: str, names: Names) -> tuple[str, str, _Heads | None] | None:
-    """Return the layer and part that a tensor belongs to, and the heads that its rows are in another order of."""
-    match = _KEY.fullmatch(key)
-    if match is None:
-        return None
-    number, owner, name, _ = match.groups()
-    if number is None:
-        top = "score" if "score" in names.modules else "lm_head"
-        return (top, "weight", None) if name == "output" else None
-    if f"{owner}.{name}" not in family.layers:
-        return None
-    layer, part = family.layers[f"{owner}.{name}"]
-    config: Any = names.modules[""].config
-    rows = None
-    if family.interleaved and name in ("q_proj", "k_proj"):
-        count = config.num_attention_heads if name == "q_proj" else config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rows = _Heads(count, size)
-    return f"{prefix}layers.{number}.{layer}", part, rows
+    def heads(self, key: re.Match[str]) -> int:
+        """Return of how many heads the rows of a tensor are rotated, 0 where none are."""
+        if not self.family.interleaved or key[3] not in ("q_proj", "k_proj"):
+            return 0
+        heads = heads_of(self.names.modules[""])
+        if heads is None:
+            raise AdapterError("the model's configuration does not say how many heads it has, by which rows are sorted")
+        return heads.queries if key[3] == "q_proj" else heads.keys
 
 
 def _problem(tensors: Mapping[str, Tensor], config: Mapping[str, Any], has_bias: bool) -> str | None:

@@ -13,8 +13,10 @@ from ..errors import raise_problems
 from ..names import Names
 from ..variants import LoRA
 from . import peft
-from .content import Content, Given, LayerUpdate
+from .content import Content, Given, LayerUpdate, nothing_to_tell
 from .pairs import beyond_pairs, pairs_of, uniform
+
+NATIVE, WRITES, to_be_told = ("lora",), True, nothing_to_tell
 
 _LARGEST_RANK = 16  # that vLLM takes unless it is told otherwise
 
@@ -40,10 +42,7 @@ def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
     raise_problems("vLLM cannot load this adapter", problems)
     rank, scale, pairs, notes = uniform(pairs)
     spec = LoRA(rank=rank, alpha=rank * scale)
-    methods = {update.spec_of(part).variant for update in content.updates.values() for part in update.tensors}
-    others = sorted(methods - {"lora"})
-    if others:
-        notes.insert(0, f"{', '.join(others)} written as LoRA of rank {rank}, which computes the same")
+    notes += [f"the tie of {name} with {tie.source} is lost: each has its own" for name, tie in content.tied.items()]
     folded = Content(spec, about=content.about, task=content.task, base_model=content.base_model)
     for name, pair in pairs.items():
         source = content.updates.get(name)

@@ -53,13 +53,13 @@ def load_adapted(
     """
     from .prepare import choose_device, choose_dtype
 
-    places = _named(adapters)
+    places = named(adapters)
     contents = {name: read(path) for name, path in places.items()}
     first = next(iter(contents.values()), None)
     about = dict(first.about) if first is not None else {}
     if task not in (None, "causal-lm", "classification", "regression"):
         raise AdapterError(f"task is {task!r}; it must be causal-lm, classification or regression")
-    name = model or (base_of(next(iter(places.values()))) if places else None)
+    name = model or (base_of(next(iter(places.values())), first) if first is not None else None)
     if name is None:
         raise AdapterError("which base? Give --model; " + ("the adapter does not say" if places else "or an --adapter"))
     chosen = task or (first.task if first is not None else task_of(name)) or "causal-lm"
@@ -117,16 +117,17 @@ def folder_of(adapter: str) -> Path:
     return path
 
 
-def base_of(adapter: Path, *, allow_pickle: bool = False) -> str | None:
-    """Return the base that an adapter was trained on: from the run that it lies in, or from its file."""
+def base_of(adapter: Path, content: Content) -> str | None:
+    """Return the base that an adapter was trained on: from the run that it lies in, or from what its file says."""
     recipe = adapter.parent / RECIPE
-    if recipe.is_file():
-        return Recipe.of(str(recipe)).model
-    return read(adapter, allow_pickle=allow_pickle).base_model
+    return Recipe.of(str(recipe)).model if recipe.is_file() else content.base_model
 
 
-def _named(adapters: Sequence[str]) -> dict[str, Path]:
-    """Return adapters by name; without one, by the name of their folder, or of their run."""
+def named(adapters: Sequence[str]) -> dict[str, Path]:
+    """Return adapters by name, each given as PATH or NAME=PATH; without one, by that of their folder, or of their run.
+
+    Raises AdapterError for two of one name.
+    """
     found: dict[str, Path] = {}
     for given in adapters:
         name, equals, path = given.partition("=")
@@ -138,7 +139,7 @@ def _named(adapters: Sequence[str]) -> dict[str, Path]:
             in_run = resolved.name == KEPT and (resolved.parent / RECIPE).is_file()
             name = (resolved.parent if in_run else resolved).name.replace(".", "_")
         if name in found:
-            raise AdapterError(f"two adapters are called '{name}'; name them: --adapter first=... --adapter second=...")
+            raise AdapterError(f"two adapters are called '{name}'; name them: first=PATH second=PATH")
         found[name] = folder
     return found
 

@@ -12,11 +12,8 @@ from ..errors import AdapterError, did_you_mean
 from ..planning import Plan
 from ..tasks import Task
 from ..tasks.base import to_device
-from ..variants import EVA, METHODS, LoRAGA, Spec
-from .recipe import Recipe
-
-# Keys of a recipe that are fields of methods, where these have them.
-_SHARED = ("rank", "alpha", "dropout", "rank_stabilised", "init")
+from ..variants import METHODS, Spec
+from .recipe import SHARED, Recipe, options_of
 
 
 def spec_of(recipe: Recipe) -> Spec:
@@ -25,14 +22,14 @@ def spec_of(recipe: Recipe) -> Spec:
     known = {field.name: field.default for field in dataclasses.fields(method)}
     given: dict[str, Any] = {}
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    for name in _SHARED:
+    for name in SHARED:
         value = getattr(recipe, name)
         if value is None or value == defaults[name]:
             continue
         if name not in known:
             raise AdapterError(f"{recipe.method} has no {name}; it has {', '.join(known)}")
         given[name] = value
-    own = [name for name in known if name not in (*_SHARED, "dtype", "projection")]
+    own = options_of(method)
     for name, value in recipe.method_options.items():
         if name not in own:
             hint = did_you_mean(name, own) if own else "it has none"
@@ -51,7 +48,7 @@ def show_data(
     recipe: Recipe, plan: Plan, model: Any, task: Task, examples: Sequence[Example], order: Order, device: torch.device
 ) -> tuple[Plan, list[str]]:
     """Run the first batches for a method that starts from data; return the plan as it is then, and remarks."""
-    if not isinstance(plan.spec, EVA | LoRAGA):
+    if not calibrated_leaves(model, plan.adapter):
         return plan, []
     batches = []
     for numbers in order.from_batch(0):
@@ -60,7 +57,7 @@ def show_data(
         batches.append(to_device(task.collate([examples[i] for i in numbers]), device))
     model.eval()  # the same every time: a run that is resumed does it again
     ranks = calibrate(model, lambda batch: task.loss(model, batch), batches, plan.adapter, mask=_tokens)
-    leaves = calibrated_leaves(model, [plan.adapter])
+    leaves = calibrated_leaves(model, plan.adapter)
     places = tuple(dataclasses.replace(place, spec=leaves[place.label][1].spec) for place in plan.places)
     dealt = f", ranks {min(ranks.values())} to {max(ranks.values())}" if len(set(ranks.values())) > 1 else ""
     seen = f"{type(plan.spec).__name__} started from {len(batches)} batches of the training data{dealt}"

@@ -11,10 +11,13 @@ from typing import Any, get_args, get_type_hints
 from ..errors import AdapterError, did_you_mean, raise_problems
 from ..extras import require
 
+# As `variants.METHODS`, in the order of the help; written out so that the help needs no torch. A test compares the two.
 METHODS = (
     *("lora", "dora", "pissa", "olora", "milora", "eva", "lora-ga", "lora-fa"),
     *("vera", "adalora", "loha", "lokr"),
 )
+# Keys of a recipe that are fields of methods, where these have them.
+SHARED = ("rank", "alpha", "dropout", "rank_stabilised", "init")
 TASKS = ("auto", "causal-lm", "classification", "regression")
 
 
@@ -146,11 +149,17 @@ class Recipe:
         return Recipe(**keys)
 
 
+def options_of(spec: type[Any]) -> list[str]:
+    """Return the fields of a method's spec that a recipe sets in `method_options`."""
+    others = (*SHARED, "dtype", "projection")  # the base decides on these
+    return [field.name for field in dataclasses.fields(spec) if field.name not in others]
+
+
 def _hint(name: str) -> str:
     """Return what may have been meant by a key that there is not."""
     from ..variants import METHODS as SPECS
 
-    own = [method for method, spec in SPECS.items() if name in {field.name for field in dataclasses.fields(spec)}]
+    own = [method for method, spec in SPECS.items() if name in options_of(spec)]
     if own:
         return f"it is an option of {', '.join(own)}: method_options={{{name}: ...}}"
     return did_you_mean(name, Recipe.names())

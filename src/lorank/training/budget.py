@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, enumerate_names
+from ..names import label_of
 from ..surgery import named_or_active
 from ..tree import entries, unwrapped
-from ..variants import AdaLoRA, AdaLoRAAdapter, Adapter
+from ..variants import AdaLoRAAdapter, Adapter
 
 
 class RankBudget:
@@ -34,19 +35,16 @@ class RankBudget:
             for layer_name, (_, entry) in entries(model, adapter_name).items():
                 for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
                     if isinstance(leaf, AdaLoRAAdapter):
-                        self.adapters[f"{layer_name}[{leaf.part}]"] = leaf
+                        self.adapters[label_of(layer_name, leaf.part)] = leaf
         if not self.adapters:
             raise AdapterError(f"cannot set a budget of ranks: {', '.join(chosen)} is no AdaLoRA adapter")
-        spec = next(iter(self.adapters.values())).spec
-        assert isinstance(spec, AdaLoRA), "no other spec builds this"
-        self.spec, self.steps = spec, steps
-        self.start, self.stop = round(spec.warmup * steps), steps - round(spec.settle * steps)
+        self.spec, self.steps = next(iter(self.adapters.values())).spec, steps
+        self.start, self.stop = round(self.spec.warmup * steps), steps - round(self.spec.settle * steps)
         if self.start >= self.stop:
             raise AdapterError(f"{steps} steps are too few to drop ranks between step {self.start} and {self.stop}")
         self.total = sum(leaf.E.numel() for leaf in self.adapters.values())
-        ranks = {label: leaf.spec for label, leaf in self.adapters.items()}
-        stacks = {label: leaf.E.numel() // leaf.spec.rank for label, leaf in self.adapters.items()}
-        self.target = sum(getattr(ranks[label], "target_rank", 0) * stacks[label] for label in ranks)
+        # A stack of matrices has so many ranks in each.
+        self.target = sum(leaf.spec.target_rank * leaf.E[..., 0].numel() for leaf in self.adapters.values())
         self.state: dict[str, Tensor] = {}  # running means by "label.name.importance" and ".uncertainty", and masks
 
     def penalty(self) -> Tensor:

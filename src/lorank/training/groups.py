@@ -5,20 +5,12 @@ inefficiently; a rate for B that is a fixed number of times A's mends that (Hayo
 Rank Adaptation of Large Models", section 4; it recommends about 16).
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from ..errors import AdapterError
-from ..surgery import adapter_parameters
-
-_FAST = ("B", "B1", "B2", "CB", "DB", "b")  # what an update ends with, on the side of the output
-
-
-def is_fast(name: str) -> bool:
-    """Tell whether a parameter of an adapter, by its name, is on the side of the output, as B is."""
-    return name.rpartition(".")[2] in _FAST
+from ..surgery import AdapterParameters, adapter_parameters
 
 
 def parameter_groups(
@@ -32,17 +24,19 @@ def parameter_groups(
     learn at `learning_rate`. Without a name it is the active adapters' parameters. `TrainConfig(lora_plus=16)` makes
     the same groups for `lorank.train`. Raises AdapterError for an adapter without such parameters.
     """
-    named = adapter_parameters(model, name)
-    fast = [parameter for key, parameter in named.items() if is_fast(key)]
-    if not fast:
-        raise AdapterError("LoRA+ has nothing to do: this adapter has no parameters on the side of the output")
     if not ratio > 0:
         raise AdapterError(f"ratio is {ratio}; it must be above 0")
-    slow = [parameter for key, parameter in named.items() if not is_fast(key)]
-    groups = [{"params": slow, "lr": learning_rate}] if slow else []
-    return [*groups, {"params": fast, "lr": ratio * learning_rate}]
+    paced = by_pace(adapter_parameters(model, name), ratio)
+    return [{"params": parameters, "lr": times * learning_rate} for parameters, times in paced]
 
 
-def rates(names: Iterable[str], ratio: float) -> list[float]:
-    """Return by how much each parameter's learning rate is multiplied."""
-    return [ratio if is_fast(name) else 1.0 for name in names]
+def by_pace(parameters: AdapterParameters, ratio: float) -> list[tuple[list[nn.Parameter], float]]:
+    """Return the groups of an adapter's parameters, each with how many times as fast it learns.
+
+    Raises AdapterError for an adapter without parameters on the side of the output.
+    """
+    if not parameters.outward:
+        raise AdapterError("LoRA+ has nothing to do: this adapter has no parameters on the side of the output")
+    slow = [parameter for name, parameter in parameters.items() if name not in parameters.outward]
+    fast = [parameter for name, parameter in parameters.items() if name in parameters.outward]
+    return [(slow, 1.0), (fast, ratio)] if slow else [(fast, ratio)]

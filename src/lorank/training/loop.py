@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, AdapterWarning, raise_problems
 from ..idle import idle_experts, is_idle
-from .groups import is_fast, rates
+from ..surgery import AdapterParameters
+from .groups import by_pace
 from .state import TrainState
 
 Batch = TypeVar("Batch")
@@ -125,13 +126,13 @@ def train(
     names = [str(name) for name in parameters] if isinstance(parameters, Mapping) else []
     if not trained:
         raise AdapterError("cannot train: there are no parameters to train")
-    if config.lora_plus != 1 and not any(map(is_fast, names)):
-        raise AdapterError("cannot train: lora_plus needs the parameters with their names, and a B among them")
-    times = rates(names, config.lora_plus) if names else [1.0] * len(trained)
-    # One group a parameter only where there are two rates: their order is the one that a stored state has.
-    groups = [{"params": [p]} for p in trained] if config.lora_plus != 1 else [{"params": trained}]
+    paced = [(trained, 1.0)]
+    if config.lora_plus != 1:
+        if not isinstance(parameters, AdapterParameters):
+            raise AdapterError("cannot train: lora_plus needs what lorank.adapter_parameters(model) returns, as it is")
+        paced = by_pace(parameters, config.lora_plus)
     optimiser = torch.optim.AdamW(
-        groups,
+        [{"params": group} for group, _ in paced],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.epsilon,
@@ -139,7 +140,7 @@ def train(
         fused=all(p.device.type in ("cpu", "cuda") for p in trained),
     )
     state = state or TrainState()
-    state.attach(optimiser, trained)
+    state.attach(optimiser, [parameter for group, _ in paced for parameter in group])
     first = state.step + 1
     for index, group in enumerate(_groups(batches, config, state.step), start=first):
         optimiser.zero_grad(set_to_none=True)  # here and not after the step, so that the caller can look at them
@@ -153,8 +154,8 @@ def train(
                 "changed nothing. Look for a square root or a logarithm of 0 in the model or the loss"
             )
         rate = config.rate(index)
-        for parameter_group, factor in zip(optimiser.param_groups, times, strict=False):  # one group has factor 1
-            parameter_group["lr"] = rate * factor
+        for parameter_group, (_, times) in zip(optimiser.param_groups, paced, strict=True):
+            parameter_group["lr"] = rate * times
         optimiser.step()
         state.step = index
         yield Step(index, mean, norm, rate, weight)

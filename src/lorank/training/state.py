@@ -53,7 +53,10 @@ class TrainState:
         return found
 
     def attach(self, optimiser: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
-        """Take up an optimiser; what there is of an earlier one is put into it and into the random generators."""
+        """Take up an optimiser of parameters, in the order that it has them in.
+
+        What there is of an earlier one is put into it and into the random generators.
+        """
         if self.step:
             stored = self.tensors()
             moments = _moments(stored)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import Host
-from ..lowrank import delta, product
-from .base import Spec, Update, materialised, number_problems, on_device_of, register
+from .base import Spec, number_problems, on_device_of, register
 from .lora import LoRAAdapter, LowRank
 
 
@@ -46,7 +45,7 @@ class AdaLoRA(LowRank):
     def problems(self) -> list[str]:
         wrong = super().problems()
         wrong += number_problems(self, target_rank="rank", interval="rank", warmup="probability", settle="probability")
-        wrong += number_problems(self, beta1="probability", beta2="probability")
+        wrong += number_problems(self, beta1="share", beta2="share", orthogonality="not negative")
         if not wrong:
             if self.alpha < 0:
                 wrong.append(f"alpha is {self.alpha}; it must be above 0: the signs are E's")
@@ -54,8 +53,6 @@ class AdaLoRA(LowRank):
                 wrong.append(f"target_rank is {self.target_rank}, above the rank {self.rank} that layers start with")
             if self.warmup + self.settle >= 1:
                 wrong.append(f"warmup {self.warmup} and settle {self.settle} leave no steps to drop ranks in")
-            if not self.orthogonality >= 0:
-                wrong.append(f"orthogonality is {self.orthogonality}; it may not be negative")
         return wrong
 
     def overridden(self, **values: Any) -> "Spec":
@@ -76,7 +73,7 @@ class AdaLoRA(LowRank):
 class AdaLoRAAdapter(LoRAAdapter):
     """A (rank, in), E (rank,) and B (out, rank); of a stack of n matrices each with n in front."""
 
-    run_mirrored = Update.run_mirrored
+    spec: AdaLoRA  # pyright: ignore[reportIncompatibleVariableOverride]
     partners = (("A", "B", "E"),)
 
     def add_tensors(self) -> None:
@@ -91,18 +88,11 @@ class AdaLoRAAdapter(LoRAAdapter):
         nn.init.normal_(self.B, std=0.02)
         nn.init.zeros_(self.E)
 
-    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self._add(self.host, layer, self.part, x, y, self.E[..., :, None] * self.A, self.B)
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.E[..., :, None] * self.A, self.B
 
     def at_start(self, layer: nn.Module) -> bool:
         return self.E.is_meta or not self.E.detach().any()
 
     def largest_change(self) -> None:
         return None
-
-    def delta_weight(self, layer: nn.Module) -> Tensor:
-        return delta(self.E[..., :, None] * self.A, self.B, self.scale)
-
-    def change(self, layer: nn.Module) -> Tensor:
-        A = self.dropped_features(materialised(self.A, self.host.own(layer, self.part)))
-        return self.host.stored(layer, self.part, product(self.E[..., :, None] * A, self.B, self.scale))

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,21 +47,25 @@ class Adapter(nn.Module, ABC):
         """Initialise the parameters in place, so that the adapted layer computes what the layer does."""
 
 
-def materialised(parameter: nn.Parameter, like: Tensor) -> nn.Parameter:
-    """Return the parameter; raises AdapterError for one on the meta device in a computation with real numbers.
+def materialised(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a parameter or what is made of it; raises AdapterError for the meta device in a computation with numbers.
 
     PyTorch would multiply with it without an error, and return whatever was in memory.
     """
-    if parameter.is_meta and not like.is_meta:
+    if tensor.is_meta and not like.is_meta:
         raise AdapterError("this adapter is still on the meta device: load it, or call lorank.reset to initialise it")
-    return parameter
+    return tensor
 
 
-def on_device_of(parameter: nn.Parameter, like: Tensor) -> nn.Parameter:
-    """Return the parameter, or an empty one like it on the device of `like` when it is on the meta device alone."""
-    if parameter.is_meta and not like.is_meta:
-        return nn.Parameter(torch.empty_like(parameter, device=like.device))
-    return parameter
+T = TypeVar("T", bound=Tensor)
+
+
+def on_device_of(tensor: T, like: Tensor) -> T:
+    """Return a parameter or buffer, or an empty one on the device of `like` when it is on the meta device alone."""
+    if tensor.is_meta and not like.is_meta:
+        made = torch.empty_like(tensor, device=like.device)
+        return cast(T, nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made)
+    return tensor
 
 
 class Update(Adapter):
@@ -72,6 +76,8 @@ class Update(Adapter):
     part: str
     # Groups of parameters of which some are zero at the start, so that the others have no gradient before these move.
     partners: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    # Parameters on the side of the output, as B is: those that learn faster in LoRA+.
+    outward: ClassVar[tuple[str, ...]] = ()
     exhausted: bool = False  # a budget has taken all its ranks from it: it rightly gets no gradient
     base: Fingerprint | None = None  # of the matrix that it was trained on, as far as that is known
     other_base_allowed: bool = False  # it was loaded onto another, by the user's wish
@@ -210,19 +216,30 @@ class Spec(ABC):
             raise AdapterError(f"the {name} spec in the file does not fit this lorank: {error}") from None
 
 
+# What a field of a spec may be, by the rule for it: which values, and how to say that.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (lambda value: isinstance(value, int) and 1 <= value < 2**31, "a whole number of at least 1"),
+    "factor": (lambda value: 0 < abs(value) < 1e30, "a finite number other than 0, or nothing would train"),
+    "positive": (lambda value: 0 < value < 1e30, "a finite number above 0"),
+    "not negative": (lambda value: 0 <= value < 1e30, "a finite number of at least 0"),
+    "at least 1": (lambda value: 1 <= value < 1e30, "a finite number of at least 1"),
+    "probability": (lambda value: 0 <= value < 1, "a probability in [0, 1)"),
+    "share": (lambda value: 0 < value < 1, "a number in (0, 1)"),
+}
+
+
 def number_problems(spec: object, **rules: str) -> list[str]:
-    """Return what is wrong with fields of a spec that hold numbers: {field: "rank", "factor", "probability"}."""
+    """Return what is wrong with fields of a spec that hold numbers, {field: one of `_RULES`}, or booleans, "flag"."""
     problems = []
     for name, rule in rules.items():
         value = getattr(spec, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        number = number and abs(value) < 1e300 and value == value  # of a whole number beyond floats isfinite raises
-        if rule == "rank" and not (isinstance(value, int) and number and 1 <= value < 2**31):
-            problems.append(f"{name} is {value!r}; it must be a whole number of at least 1")
-        elif rule == "factor" and not (number and 0 < abs(value) < 1e30):
-            problems.append(f"{name} is {value!r}; it must be a finite number other than 0, or nothing would train")
-        elif rule == "probability" and not (number and 0 <= value < 1):
-            problems.append(f"{name} is {value!r}; it must be a probability in [0, 1)")
+        if rule == "flag":
+            allowed, text = isinstance(value, bool), "True or False"
+        else:
+            holds, text = _RULES[rule]
+            allowed = isinstance(value, int | float) and not isinstance(value, bool) and holds(value)
+        if not allowed:
+            problems.append(f"{name} is {value!r}; it must be {text}")
     return problems
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..hosts import AdditiveHost, Host
 from ..lowrank import full_precision, without_autocast
-from .base import materialised
+from .base import materialised, on_device_of
 from .dropout import WithDropout
 from .lora import LowRank, factor_dtype
 
@@ -37,10 +37,9 @@ class DenseAdapter(WithDropout):
         """Return ΔW (out, in) with gradient, in the dtype of its parameters."""
 
     def reset_parameters(self, layer: nn.Module) -> None:
-        device = self.host.weight(layer, self.part).device
+        weight = self.host.weight(layer, self.part)
         for name, parameter in self.named_parameters():
-            if parameter.is_meta and device.type != "meta":
-                self.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device=device)))
+            setattr(self, name, on_device_of(parameter, weight))
         with torch.no_grad():
             self.initialise()
 

@@ -32,8 +32,7 @@ class EVA(LowRank):
     rho: float = 2.0
 
     def problems(self) -> list[str]:
-        wrong = super().problems() + number_problems(self, rho="factor")
-        return wrong or ([] if self.rho >= 1 else [f"rho is {self.rho}; it must be at least 1"])
+        return super().problems() + number_problems(self, rho="at least 1")
 
     def why_not(self, host: Host, layer: nn.Module, part: str) -> str | None:
         if not isinstance(host, AdditiveHost) or not host.multiplies_rows:

@@ -55,6 +55,7 @@ class LoHaAdapter(DenseAdapter):
     """A1 and A2 (rank, in), B1 and B2 (out, rank); of a stack of n matrices each with n in front."""
 
     partners = (("A1", "B1", "A2", "B2"),)
+    outward = ("B1", "B2")
     A1: Tensor
     B1: Tensor
     A2: Tensor

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..hosts import ConvHost, Host
-from .base import register
+from .base import number_problems, register
 from .dense import DenseAdapter
 from .lora import LowRank
 
@@ -37,7 +37,7 @@ class LoKr(LowRank):
     decompose_both: bool = False
 
     def problems(self) -> list[str]:
-        wrong = super().problems()
+        wrong = super().problems() + number_problems(self, decompose_both="flag")
         if isinstance(self.factor, bool) or not isinstance(self.factor, int) or (self.factor < 1 and self.factor != -1):
             wrong.append(f"factor is {self.factor!r}; it must be a whole number of at least 1, or -1")
         return wrong
@@ -67,6 +67,8 @@ class LoKr(LowRank):
 
 class LoKrAdapter(DenseAdapter):
     """C (out₁, in₁), or CA (rank, in₁) and CB (out₁, rank); D (out₂, in₂ · kernel), or DA and DB likewise."""
+
+    outward = ("CB", "DB")  # a factor that is a matrix of its own is on both sides
 
     def shapes(self, layer: nn.Module) -> dict[str, tuple[int, ...]]:
         spec = self.spec

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import raise_problems
-from ..hosts import AdditiveHost, Host
-from ..lowrank import INITIALISATIONS, delta, initialise, product
-from .base import Spec, dtype_problems, materialised, number_problems, on_device_of, register
-from .dropout import WithDropout
+from ..hosts import Host
+from ..lowrank import INITIALISATIONS, initialise
+from .base import Spec, dtype_problems, number_problems, on_device_of, register
+from .paired import PairAdapter
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class LowRank(Spec):
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fields."""
-        return number_problems(self, rank="rank", alpha="factor", dropout="probability") + dtype_problems(self.dtype)
+        wrong = number_problems(self, rank="rank", alpha="factor", dropout="probability", rank_stabilised="flag")
+        return wrong + dtype_problems(self.dtype)
 
     @property
     def scale(self) -> float:
@@ -86,11 +87,12 @@ def factor_dtype(spec: Spec, weight: Tensor) -> torch.dtype:
     return getattr(spec, "dtype", None) or torch.promote_types(weight.dtype, torch.float32)
 
 
-class LoRAAdapter(WithDropout):
+class LoRAAdapter(PairAdapter):
     """A (rank, in) and B (out, rank) of one matrix; of a stack of n matrices A (n, rank, in) and B (n, out, rank)."""
 
     spec: LowRank
     partners = (("A", "B"),)
+    outward = ("B",)
 
     def __init__(self, spec: LowRank, host: Host, layer: nn.Module, part: str, device: torch.device | None = None):
         super().__init__(spec, host, part)
@@ -112,17 +114,8 @@ class LoRAAdapter(WithDropout):
         self.A, self.B = on_device_of(self.A, weight), on_device_of(self.B, weight)
         initialise(self.A, self.B, getattr(self.spec, "init", "kaiming"), lookup=self.host.lookup)
 
-    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self._add(self.host, layer, self.part, x, y, self.A, self.B)
-
-    def run_mirrored(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor) -> Tensor:
-        return self._add(host, layer, part, x, y, self.B.T, self.A.T)
-
-    def _add(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        assert isinstance(host, AdditiveHost), "only these are asked to add to an output"
-        materialised(self.A, x)
-        z = self.dropped_lookup(host.down(layer, part, self.dropped(x), down))  # (..., rank)
-        return host.add(layer, part, y, host.up(layer, part, self.scale * z, up))
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B
 
     def at_start(self, layer: nn.Module) -> bool:
         return self.A.is_meta or not (self.A.detach().any() and self.B.detach().any())
@@ -130,13 +123,3 @@ class LoRAAdapter(WithDropout):
     def largest_change(self) -> float | None:
         # |ΔW| <= |scale| · rank · max|A| · max|B|
         return abs(self.scale) * self.A.shape[-2] * float(self.A.abs().max() * self.B.abs().max())
-
-    def delta_weight(self, layer: nn.Module) -> Tensor:
-        return delta(self.A, self.B, self.scale)
-
-    def change(self, layer: nn.Module) -> Tensor:
-        A = self.dropped_features(materialised(self.A, self.host.own(layer, self.part)))
-        return self.host.stored(layer, self.part, product(A, self.B, self.scale))
-
-    def extra_repr(self) -> str:
-        return f"rank={self.spec.rank}, scale={self.scale:g}"

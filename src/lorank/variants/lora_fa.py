@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..hosts import Host
-from .base import register
+from .base import on_device_of, register
 from .lora import LoRAAdapter, LowRank
 
 
@@ -43,13 +43,10 @@ class LoRAFAAdapter(LoRAAdapter):
 
     @torch.no_grad()
     def reset_parameters(self, layer: nn.Module) -> None:
-        device = self.host.weight(layer, self.part).device
-        for name, tensor in self.tensors().items():
-            if tensor.is_meta and device.type != "meta":
-                made = torch.empty_like(tensor, device=device)
-                setattr(self, name, nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made)
+        weight = self.host.weight(layer, self.part)
+        self.A, self.B = on_device_of(self.A, weight), on_device_of(self.B, weight)
         # As long as the rows that LoRA draws, uniform in ±1/√in: of length √(1/3).
-        A = torch.empty(self.A.shape, device=device, dtype=torch.promote_types(self.A.dtype, torch.float32))
+        A = torch.empty_like(self.A, dtype=torch.promote_types(self.A.dtype, torch.float32))
         for matrix in A.flatten(0, -3) if A.dim() > 2 else A[None]:
             nn.init.orthogonal_(matrix, gain=(1 / 3) ** 0.5)
         self.A.copy_(A)

@@ -31,7 +31,7 @@ class LoRAGA(Shifted):
     gamma: float = 16.0
 
     def problems(self) -> list[str]:
-        return super().problems() + number_problems(self, gamma="factor")
+        return super().problems() + number_problems(self, gamma="positive")
 
     def why_not(self, host: Host, layer: nn.Module, part: str) -> str | None:
         limit = min(host.shape(layer, part)[-2:])
@@ -42,7 +42,7 @@ class LoRAGA(Shifted):
     def start(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors for a gradient of the shape of W."""
         U, _, V = torch.linalg.svd(W, full_matrices=False)
-        size = W.shape[-2] ** 0.25 / abs(self.gamma) ** 0.5
+        size = W.shape[-2] ** 0.25 / self.gamma**0.5
         return size * V[..., : self.rank, :], size * U[..., self.rank : 2 * self.rank]
 
     def build(self, host: Host, layer: nn.Module, part: str, device: torch.device | None = None) -> "LoRAGAAdapter":
@@ -52,6 +52,7 @@ class LoRAGA(Shifted):
 class LoRAGAAdapter(CalibratedAdapter, ShiftedAdapter):
     """A and B, and A0 and B0, where they started."""
 
+    spec: LoRAGA  # pyright: ignore[reportIncompatibleVariableOverride]
     needs_gradient = True
 
     @torch.no_grad()
@@ -66,8 +67,9 @@ class LoRAGAAdapter(CalibratedAdapter, ShiftedAdapter):
         self.watching = True
         weight = self.host.weight(layer, self.part)
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        zeros = torch.zeros(self.host.shape(layer, self.part), device=weight.device, dtype=dtype)
-        vars(self)["probe"] = zeros.requires_grad_()  # in the place of ΔW, for its gradient
+        # In the place of ΔW, for its gradient: one zero, that is not stored as often as the matrix has numbers.
+        zeros = torch.zeros((), device=weight.device, dtype=dtype).expand(self.host.shape(layer, self.part))
+        vars(self)["probe"] = zeros.requires_grad_()
 
     def watch(self, layer: nn.Module, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         host = self.host
@@ -90,7 +92,6 @@ class LoRAGAAdapter(CalibratedAdapter, ShiftedAdapter):
     @torch.no_grad()
     def start(self, layer: nn.Module) -> None:
         gradient = vars(self)["probe"].grad
-        assert isinstance(self.spec, LoRAGA), "no other spec builds this"
         with full_precision(gradient.device):
             self.start_from(*self.spec.start(gradient.to(torch.promote_types(gradient.dtype, torch.float32))))
         self.calibrated = True

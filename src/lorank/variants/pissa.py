@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import register
+from .base import number_problems, register
 from .shifted import Shifted, balanced
 
 
@@ -27,10 +27,7 @@ class PiSSA(Shifted):
     iterations: int | None = None
 
     def problems(self) -> list[str]:
-        wrong = super().problems()
-        if self.iterations is not None and (not isinstance(self.iterations, int) or self.iterations < 1):
-            wrong.append(f"iterations is {self.iterations!r}; it must be a whole number of at least 1, or None")
-        return wrong
+        return super().problems() + ([] if self.iterations is None else number_problems(self, iterations="rank"))
 
     def start(self, W: Tensor) -> tuple[Tensor, Tensor]:
         if self.iterations is None:

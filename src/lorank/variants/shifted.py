@@ -6,16 +6,15 @@ anybody's copy of the base. As a file for others the update is LoRA of twice the
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..hosts import AdditiveHost, Host
-from ..lowrank import full_precision, product
-from .base import materialised
+from ..hosts import Host
+from ..lowrank import full_precision
 from .lora import LoRAAdapter, LowRank
 
 
@@ -58,6 +57,7 @@ class Shifted(LowRank):
 class ShiftedAdapter(LoRAAdapter):
     """A and B as LoRA has them, and A0 and B0, where they started."""
 
+    spec: Shifted  # pyright: ignore[reportIncompatibleVariableOverride]
     partners = ()  # none of the factors is zero
     A0: Tensor
     B0: Tensor
@@ -68,7 +68,6 @@ class ShiftedAdapter(LoRAAdapter):
 
     @torch.no_grad()
     def reset_parameters(self, layer: nn.Module) -> None:
-        assert isinstance(self.spec, Shifted), "no other spec builds this"
         W = self.host.matrix(layer, self.part)
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         with full_precision(W.device):
@@ -90,52 +89,15 @@ class ShiftedAdapter(LoRAAdapter):
                 own.copy_(values)  # an optimiser may have it already
             self._buffers[f"{name}0"] = values
 
-    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self._add_both(layer, x, y, self.host, self.part, mirrored=False)
-
-    def run_mirrored(self, host: Host, layer: nn.Module, part: str, x: Tensor, y: Tensor) -> Tensor:
-        return self._add_both(layer, x, y, host, part, mirrored=True)
-
-    def _add_both(self, layer: nn.Module, x: Tensor, y: Tensor, host: Host, part: str, mirrored: bool) -> Tensor:
-        assert isinstance(host, AdditiveHost), "only these are asked to add to an output"
-        materialised(self.A, x)
-        x = self.dropped(x)
-        update = None
-        for down, up in self._differences():
-            down, up = (up.T, down.T) if mirrored else (down, up)
-            z = self.scale * host.down(layer, part, x, down)
-            one = host.up(layer, part, z, up)
-            update = one if update is None else update + one
-        assert update is not None, "there are two"
-        return host.add(layer, part, y, self.dropped_lookup(update))
-
-    def _differences(self) -> list[tuple[Tensor, Tensor]]:
-        """Return two pairs of factors with the sum B A − B₀ A₀: at the start of zeros, with no large numbers after."""
-        return [(self.A, self.B - self.B0), (self.A - self.A0, self.B0)]
+    def pair(self) -> tuple[Tensor, Tensor]:
+        # (B − B₀) A + B₀ (A − A₀): at the start of zeros, with no large numbers after.
+        return torch.cat([self.A, self.A - self.A0], dim=-2), torch.cat([self.B - self.B0, self.B0], dim=-1)
 
     def at_start(self, layer: nn.Module) -> bool:
         return self.A.is_meta or (torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0))
 
     def largest_change(self) -> None:
         return None
-
-    def delta_weight(self, layer: nn.Module) -> Tensor:
-        with full_precision(self.A.device):
-            return sum_of(product(A, B, self.scale) for A, B in self._differences())
-
-    def change(self, layer: nn.Module) -> Tensor:
-        materialised(self.A, self.host.own(layer, self.part))
-        mask = self.dropped_features(torch.ones_like(self.A[..., :1, :]))
-        changes = (product(A * mask, B, self.scale) for A, B in self._differences())
-        return self.host.stored(layer, self.part, sum_of(changes))
-
-
-def sum_of(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the sum of tensors, of which there is at least one."""
-    first, *others = tensors
-    for other in others:
-        first = first + other
-    return first
 
 
 def balanced(U: Tensor, S: Tensor, V: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, raise_problems
-from ..hosts import AdditiveHost, Host
-from ..lowrank import full_precision, product
-from .base import Spec, dtype_problems, materialised, number_problems, on_device_of, register
-from .dropout import WithDropout
+from ..hosts import Host
+from .base import Spec, dtype_problems, number_problems, on_device_of, register
 from .lora import factor_dtype
+from .paired import PairAdapter
 
 
 @register("vera")
@@ -54,7 +53,9 @@ class VeRA(Spec):
         if isinstance(self.projection, list):
             object.__setattr__(self, "projection", tuple(self.projection))
         if self.projection is not None and not (
-            len(self.projection) == 2 and all(isinstance(size, int) and 0 < size < 2**31 for size in self.projection)
+            isinstance(self.projection, tuple)
+            and len(self.projection) == 2
+            and all(isinstance(size, int) and 0 < size < 2**31 for size in self.projection)
         ):
             problems.append(f"projection is {self.projection!r}; it must be two sizes, (out, in), or None")
         raise_problems("VeRA cannot be set up like this", problems)
@@ -131,10 +132,11 @@ def shared_pair(spec: VeRA, device: torch.device, dtype: torch.dtype) -> tuple[T
 vars(shared_pair)["_dynamo_marked_constant"] = True
 
 
-class VeRAAdapter(WithDropout):
+class VeRAAdapter(PairAdapter):
     """d (rank,) and b (out,); of a stack of n matrices each with n in front."""
 
     partners = (("d", "b"),)
+    outward = ("b",)
 
     def __init__(self, spec: VeRA, host: Host, layer: nn.Module, part: str, device: torch.device | None = None):
         super().__init__(spec, host, part)
@@ -152,30 +154,9 @@ class VeRAAdapter(WithDropout):
         nn.init.constant_(self.d, self.spec.initial)
         nn.init.zeros_(self.b)
 
-    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        host = self.host
-        assert isinstance(host, AdditiveHost), "only these are asked to add to an output"
-        A, B = self._factors(x)
-        return host.add(
-            layer, self.part, y, host.up(layer, self.part, host.down(layer, self.part, self.dropped(x), A), B)
-        )
-
-    def delta_weight(self, layer: nn.Module) -> Tensor:
-        with full_precision(self.d.device):
-            return product(*self._factors(self.d), 1.0)
-
-    def change(self, layer: nn.Module) -> Tensor:
-        A, B = self._factors(self.host.own(layer, self.part))
-        return self.host.stored(layer, self.part, product(self.dropped_features(A), B, 1.0))
+    def pair(self) -> tuple[Tensor, Tensor]:
+        A, B = shared_pair(self.spec, self.d.device, self.d.dtype)
+        return self.d[..., :, None] * A[:, : self.in_], self.b[..., :, None] * B[: self.out]
 
     def at_start(self, layer: nn.Module) -> bool:
         return self.d.is_meta or not (self.d.detach().any() and self.b.detach().any())
-
-    def _factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return diag(d) A (rank, in) and diag(b) B (out, rank)."""
-        d, b = materialised(self.d, like), self.b
-        A, B = shared_pair(self.spec, d.device, d.dtype)
-        return d[..., :, None] * A[:, : self.in_], b[..., :, None] * B[: self.out]
-
-    def extra_repr(self) -> str:
-        return f"rank={self.spec.rank}"

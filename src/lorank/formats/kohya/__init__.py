@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from ...errors import AdapterError, raise_problems
 from ...names import Names
 from .. import safetensors_file
-from ..content import Content, Given
+from ..content import Content, Given, as_json, nothing_to_tell, refuse_given, take_about
 from .decoding import decode
 from .encoding import encode
 from .factors import KINDS
 from .layers import KEY
+
+NATIVE, WRITES, to_be_told = ("lora", "dora", "loha", "lokr"), True, nothing_to_tell
 
 _ABOUT, _DROPOUT = "lorank.about", "ss_network_dropout"
 # Kinds that no other format has after the first dot of a name.
@@ -57,9 +59,9 @@ def read(path: Path, names: Names | None, given: Given) -> Content:
     Without a model, layers keep the names that they have in the file. `given.alpha` is for layers without one.
     """
     _, tensors, metadata = safetensors_file.read(path)
+    refuse_given(given, alpha=all(f"{key.partition('.')[0]}.alpha" in tensors for key in tensors))
     content = decode(tensors, names, given.alpha, _dropout(metadata))
-    content.about = _about(metadata)
-    content.task = content.about.get("task")
+    take_about(content, metadata.get(_ABOUT, "{}"))
     return content
 
 
@@ -70,16 +72,6 @@ def _dropout(metadata: Mapping[str, str]) -> float:
     except ValueError:
         return 0.0
     return dropout if math.isfinite(dropout) and 0 <= dropout < 1 else 0.0
-
-
-def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        about = json.loads(metadata.get(_ABOUT, "{}"))
-    except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict):
-        raise AdapterError(f"what the file's metadata has as {_ABOUT} is no JSON object")
-    return about
 
 
 def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
@@ -97,10 +89,7 @@ def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
     if dropout := getattr(content.spec, "dropout", 0.0):
         metadata[_DROPOUT] = repr(dropout)
     if content.about:
-        try:
-            metadata[_ABOUT] = json.dumps(content.about, sort_keys=True, separators=(",", ":"))
-        except (TypeError, ValueError) as error:
-            encoded.problems.append(f"the metadata cannot hold what `about` says: {error}")
+        metadata[_ABOUT] = as_json(content.about)
     raise_problems("kohya's format cannot hold this adapter", encoded.problems)
     tensors: dict[str, Tensor] = encoded.tensors
     safetensors_file.write_atomically({path: safetensors_file.pack(tensors, metadata)})

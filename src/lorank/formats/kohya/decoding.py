@@ -49,7 +49,7 @@ def decode(tensors: Mapping[str, Tensor], names: Names | None, alpha: float | No
     if names is None:
         whole = {f"{prefix}_{name}": kinds for prefix, layers in found.items() for name, kinds in layers.items()}
         chosen = _read(whole, None, alpha, dropout)
-        chosen.problems.append(
+        content.needs_model = (
             "the names of its layers have _ in the place of dots: which layers they are is known with their model alone"
         )
     else:

@@ -15,7 +15,7 @@ from ...hosts import FusedHost
 from ...names import Names
 from ...variants import DoRA, LoHa, LoKr
 from ..content import Content, LayerUpdate
-from ..pairs import beyond_pairs, pair_of
+from ..pairs import beyond_pairs, folded, pair_of
 from .factors import NAMES
 from .kronecker import lycoris_rebuilds, rank_of
 from .layers import KEY, TEXT, Layers, name_in_file, prefix_of, why_not_held
@@ -137,10 +137,8 @@ def _named(method: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _noted(written: _Written, update: LayerUpdate) -> _Written:
-    """Say where another method, or another form of LoRA, was written as one pair."""
-    variants = {
-        update.spec_of(part).variant for part, tensors in update.tensors.items() if tensors.keys() != {"A", "B"}
-    }
+    """Say where a method that the format has for whole layers alone was written as one pair."""
+    variants = {spec.variant for part in update.tensors if isinstance(spec := update.spec_of(part), LoHa | LoKr)}
     if variants:
         written.notes.append(_AS_PAIR.format(enumerate_names(sorted(variants))))
     return written
@@ -157,7 +155,7 @@ def _kronecker(update: LayerUpdate, spec: LoKr, kernel: tuple[int, ...]) -> _Wri
         return pair
     written = _Written("LoKr", {}, rank_of(tensors) or spec.rank, spec.scale)
     if rank_of(tensors) is None and spec.scale != 1:
-        tensors["C"] = (tensors["C"].double() * spec.scale).to(tensors["C"].dtype)
+        tensors["C"] = folded(tensors["C"], spec.scale)
         written.scale = 1.0
         written.notes.append(_FOLDED)
     if "D" in tensors and kernel:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import AdapterError, enumerate_names, raise_problems
 from ...names import Names
 from ...variants import LoRA
-from ..content import Content, Given
+from ..content import Content, Given, refuse_given
 from ..pickles import head, read_pickle, refusal
 from ..safetensors_file import write_atomically
 from .factors import decode_layer
@@ -30,7 +30,7 @@ __all__ = ["decode", "detect", "read", "to_be_told", "write"]
 _NAMES = re.compile(rb"lora_[AB](?![._])")  # PEFT's names go on after these
 _FACTORS = {"lora_A": "A", "lora_B": "B"}
 
-NATIVE = ("lora",)  # methods that the format has itself
+NATIVE, WRITES = ("lora",), True
 
 
 def detect(path: Path) -> bool:
@@ -86,11 +86,14 @@ def decode(stored: Mapping[str, Any], names: Names | None, given: Given) -> Cont
         else:
             rest[key] = tensor
     content = Content(LoRA(), problems=problems)
+    in_parts = names is None  # which layers have some, the model tells
     for layer, pair in factors.items():
         try:
-            content.updates[layer] = decode_layer(layer, pair, names, given)
+            content.updates[layer] = update = decode_layer(layer, pair, names, given)
+            in_parts |= update.by_parts or update.tensors["weight"]["B"] is not pair["B"]
         except AdapterError as error:
             problems.append(f"{layer}: {error}")
+    refuse_given(given, alpha=False, parts=not (in_parts or problems))
     decode_rest(rest, set(factors), names, content)
     if content.updates:
         content.spec = Counter(update.spec for update in content.updates.values()).most_common(1)[0][0]

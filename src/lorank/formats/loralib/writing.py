@@ -12,7 +12,7 @@ from ...hosts import AdditiveHost, ConvHost, ConvTransposeHost, FusedHost
 from ...names import Names
 from ...ties import Ties
 from ..content import Content, Given, LayerUpdate
-from ..pairs import Pair, pair_of
+from ..pairs import Pair, folded, pair_of
 from .factors import equal_parts
 from .reshaping import blocks, reshaped
 
@@ -60,8 +60,7 @@ def encode(content: Content, model: nn.Module | None) -> tuple[dict[str, Tensor]
     alpha = _common(layers)
     for name, layer in layers.items():
         tensors[_key(name, "lora_A")] = layer.A
-        B = layer.B if layer.alpha == alpha else (layer.B.double() * (layer.alpha / alpha)).to(layer.B.dtype)
-        tensors[_key(name, "lora_B")] = B
+        tensors[_key(name, "lora_B")] = layer.B if layer.alpha == alpha else folded(layer.B, layer.alpha / alpha)
     # Clones: torch.save would write all of the memory that a tensor is a part of.
     stored = {key: tensors[key].detach().cpu().clone(memory_format=torch.contiguous_format) for key in sorted(tensors)}
     return stored, _notes(content, layers, alpha, model)
@@ -75,8 +74,9 @@ def _common(layers: Mapping[str, Written]) -> float:
 def to_be_told(content: Content) -> Given:
     """Return what a reader has to be told of the file that is written of an adapter."""
     layers = {name: _written(name, update) for name, update in content.updates.items()}
-    fused = [update for update in content.updates.values() if isinstance(update.host, FusedHost)]
-    return Given(allow_pickle=True, alpha=_common(layers), parts=tuple(fused[0].tensors) if fused else ())
+    hosts = [(update, update.host) for update in content.updates.values()]
+    parts = [tuple(u.tensors) for u, host in hosts if isinstance(host, FusedHost) and equal_parts(host.layout)]
+    return Given(allow_pickle=True, alpha=_common(layers), parts=parts[0] if parts else ())
 
 
 def _key(name: str, suffix: str) -> str:

@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from ...errors import AdapterError
 from ...names import Names
 from .. import safetensors_file
-from ..content import Content, Given, outputs_of_head, refuse_given
+from ..content import Content, Given, nothing_to_tell, outputs_of_head, refuse_given
 from ..pickles import read_pickle
 from .config import check_config, encode_config, read_config
 from .header import apply_account, encode_header, read_header
+from .methods import METHODS
 from .tensors import decode, encode_tensors
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+WRITES, to_be_told = True, nothing_to_tell
+# All that it is written as: lorank reads PiSSA and others that are LoRA once trained as what they were.
+NATIVE = tuple(spec.variant for method in METHODS.values() for spec in method.specs)
 
 _TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classification"}
 
@@ -76,9 +81,10 @@ def read(path: Path, names: Names | None, given: Given) -> Content:
     if account is not None:
         apply_account(account, content, method, names)
     content.base_model = config.get("base_model_name_or_path") or None
-    content.task = content.about.get("task") or _TASKS.get(config.get("task_type") or "")
-    if "task" not in content.about and content.task == "classification" and outputs_of_head(content) == 1:
-        content.task = "regression"  # PEFT has one name for both
+    if content.task is None:
+        content.task = _TASKS.get(config.get("task_type") or "")
+        if content.task == "classification" and outputs_of_head(content) == 1:
+            content.task = "regression"  # PEFT has one name for both
     content.problems[:0] = problems
     content.remarks += remarks
     return content

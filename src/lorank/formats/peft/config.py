@@ -37,6 +37,9 @@ _KINDS: dict[str, Any] = {
     "peft_version": str,
 }
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".gguf", ".safetensors", ".txt")
+
 
 def encode_config(content: Content, model: nn.Module | None) -> dict[str, Any]:
     """Return the configuration with which PEFT computes what the adapter does, on a model where that is known."""
@@ -70,7 +73,7 @@ def encode_config(content: Content, model: nn.Module | None) -> dict[str, Any]:
         "peft_type": method.peft_type,
         "task_type": _task_type(model, content),
         "auto_mapping": None,
-        "base_model_name_or_path": _hub_id(base),
+        "base_model_name_or_path": hub_id(base),
         "revision": None,
         "inference_mode": True,
         method.rank_setting: rank,
@@ -131,9 +134,11 @@ def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else float(value)
 
 
-def _hub_id(name: Any) -> str | None:
-    """Return the name of a base on the hub. A local path differs from machine to machine, and so would the file."""
-    is_id = isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()
+def hub_id(name: Any) -> str | None:
+    """Return a name on the hub, None for paths and other values: a path differs from machine to machine."""
+    if not isinstance(name, str):
+        return None
+    is_id = _HUB_ID.fullmatch(name) and not name.lower().endswith(_FILES) and not Path(name).exists()
     return name if is_id else None
 
 

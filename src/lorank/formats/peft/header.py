@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 
-from ...errors import AdapterError
+from ...errors import AdapterError, enumerate_names
 from ...fingerprint import Fingerprint
 from ...hosts import FusedHost
 from ...lowrank import split_blocks
@@ -23,7 +23,7 @@ from ...planning import Bias
 from ...tied import Tie
 from ...variants import Spec
 from .. import safetensors_file
-from ..content import Content, LayerUpdate
+from ..content import Content, LayerUpdate, as_json, take_about
 from .layout import BLOCKS, MATRIX
 from .methods import Method, method_of
 
@@ -55,7 +55,7 @@ class Account:
     biases: list[str]  # layers whose bias is in the file
     copies: list[str]  # modules of which a copy is in the file
     tied: dict[str, Tie]  # layers whose factors in the file are those of another
-    about: dict[str, Any]
+    about: object
 
 
 def encode_header(content: Content, packed: bytes) -> dict[str, str]:
@@ -79,7 +79,7 @@ def encode_header(content: Content, packed: bytes) -> dict[str, str]:
         "copies": sorted(content.copies),
         "bias": content.bias,
         "tied": {name: {"source": tie.source, "transposed": tie.transposed} for name, tie in content.tied.items()},
-        "about": content.about,
+        "about": json.loads(as_json(content.about)),
         "sha256": safetensors_file.digest(packed),
     }
     return {"format": "pt", _KEY: json.dumps(account, sort_keys=True, separators=(",", ":"))}
@@ -126,8 +126,6 @@ def _parse(account: dict[str, Any]) -> Account:
     if not all(isinstance(name, str) for name in [*account["biases"], *account["copies"]]):
         raise ValueError("names of modules are strings")
     about = account.get("about", {})  # files of 0.1 before it had one
-    if not isinstance(about, dict):
-        raise ValueError(f"about is {about!r}")
     tied = {n: Tie(str(t["source"]), bool(t["transposed"])) for n, t in account.get("tied", {}).items()}
     biases, copies = [*account["biases"]], [*account["copies"]]
     return Account(Spec.from_json(account["spec"]), account["bias"], layers, biases, copies, tied, about)
@@ -151,18 +149,25 @@ def apply_account(account: Account, content: Content, method: Method, names: Nam
     problems += [f"the file lacks the bias of {name}" for name in sorted(set(account.biases) - content.biases.keys())]
     content.spec = account.spec
     content.bias = account.bias
-    content.about = account.about
+    take_about(content, account.about)
+    unrecognised = []
     for name, told in account.layers.items():
         update = content.updates.get(name)
         if update is None:
             continue
-        update.matrices = told.matrices
         problems += _contradictions(name, told, update, method)
         split = told.layout != BLOCKS or (names is not None and _split_parts(name, told.parts, update, names, problems))
         if split:  # else it stays the one update of the whole layer that PEFT sees
             _restore(name, told, update, method, problems)
+            update.matrices, update.fingerprints = told.matrices, told.fingerprints
+        elif told.fingerprints:
+            unrecognised.append(name)
         update.by_parts = True
-        update.fingerprints = told.fingerprints
+    if unrecognised and names is None:
+        content.remarks.append(
+            f"parts of {enumerate_names(unrecognised, 3)} are one update of the whole layer without the model, which "
+            "does not say by which base it was trained"
+        )
 
 
 def _contradictions(name: str, told: LayerAccount, update: LayerUpdate, method: Method) -> list[str]:

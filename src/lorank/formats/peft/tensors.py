@@ -124,7 +124,7 @@ def decode(
         else:
             rest[path] = tensor
     try:
-        content.spec = method.take_shared(rest, content.spec, names)
+        content.spec = method.take_shared(rest, content.spec)
     except AdapterError as error:
         problems.append(str(error))
     for place in places_of(factors, config, account, names, problems):
@@ -133,7 +133,7 @@ def decode(
         content.updates[layer].lookup = True
     for update in content.updates.values():
         update.transposed = bool(config.get("fan_in_fan_out"))
-    _decode_tokens(config, rest, names, content)
+    _decode_tokens(config, rest, content)
     _decode_rest(config, rest, account, names, content)
     if account is None:
         content.remarks += _gaps(config, content, names)
@@ -146,7 +146,7 @@ def _decode_place(
     """Put the tensors of one place into the content."""
     spec = spec_by_pattern(config, method, content.spec, place.matched_as, content.problems)
     if method.pairs:
-        read = _read_pair(place, tensors, spec, method)
+        read = _read_pair(place, tensors, spec)
         if isinstance(read, str):
             content.problems.append(f"{place.path}: {read}")
             return
@@ -164,9 +164,7 @@ def _decode_place(
         update.shapes[place.part] = (out, tensors["A"].shape[1] // groups, *tensors["A"].shape[2:])
 
 
-def _read_pair(
-    place: Place, tensors: Mapping[str, Tensor], spec: Spec, method: Method
-) -> tuple[Spec, dict[str, Tensor]] | str:
+def _read_pair(place: Place, tensors: Mapping[str, Tensor], spec: Spec) -> tuple[Spec, dict[str, Tensor]] | str:
     """Return the spec and tensors of one pair of factors of a layer's matrix, or what is wrong with it."""
     missing = {"A", "B"} - tensors.keys()
     if missing:
@@ -204,7 +202,7 @@ def _read_pair(
     return spec, {"A": read[0], "B": read[1]} | beside
 
 
-def _decode_tokens(config: Mapping[str, Any], rest: dict[str, Tensor], names: Names, content: Content) -> None:
+def _decode_tokens(config: Mapping[str, Any], rest: dict[str, Tensor], content: Content) -> None:
     """Take the rows of trained tokens out of `rest`; of which tokens they are stands in the configuration."""
     indices = config.get("trainable_token_indices") or {}
     for path in [path for path in rest if path == _ROWS or path.endswith(f".{_ROWS}")]:

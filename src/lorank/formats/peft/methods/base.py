@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ....errors import AdapterError
+from ....errors import AdapterError, enumerate_names
 from ....hosts import ConvHost, LinearHost
-from ....names import Names
-from ....variants import Spec
+from ....variants import DoRA, Spec
 from ...content import Content, LayerUpdate
 from ..layout import MATRIX, PARTS, Layout
 
@@ -98,7 +97,7 @@ class Method(ABC):
         """Return tensors that all layers have together, by PEFT's key."""
         return {}
 
-    def take_shared(self, rest: dict[str, Tensor], spec: Spec, names: Names) -> Spec:
+    def take_shared(self, rest: dict[str, Tensor], spec: Spec) -> Spec:
         """Take such tensors out of a file's others; return the spec with what they say.
 
         Raises AdapterError for what cannot be kept.
@@ -124,10 +123,25 @@ def register(method: type[Method]) -> type[Method]:
 
 
 def method_of(content: Content) -> Method:
-    """Return the method that PEFT writes an adapter's updates as; raises AdapterError when it has none for all."""
-    specs = [update.spec_of(part) for update in content.updates.values() for part in update.tensors]
-    found = {method for spec in specs or [content.spec] for method in METHODS.values() if type(spec) in method.specs}
-    if len(found) != 1 or not all(type(spec) in next(iter(found)).specs for spec in specs):
-        kinds = ", ".join(sorted({type(spec).__name__ for spec in specs}))
-        raise AdapterError(f"PEFT's layout has no one method for {kinds}")
-    return next(iter(found))
+    """Return the method that PEFT writes an adapter's updates as; raises AdapterError when it has none for all.
+
+    DoRA is a setting of LORA, and like the method one for all layers.
+    """
+    layers: dict[tuple[str, bool], list[str]] = {}
+    for name, spec in [(n, u.spec_of(part)) for n, u in content.updates.items() for part in u.tensors]:
+        layers.setdefault((_written_as(spec), isinstance(spec, DoRA)), []).append(name)
+    if len(layers) > 1:
+        groups = [
+            f"{'DORA' if dora else called} ({enumerate_names(dict.fromkeys(of), 3)})"
+            for (called, dora), of in layers.items()
+        ]
+        raise AdapterError(f"PEFT has one method for all layers of an adapter, and this one has {' and '.join(groups)}")
+    return METHODS[next(iter(layers))[0] if layers else _written_as(content.spec)]
+
+
+def _written_as(spec: Spec) -> str:
+    """Return PEFT's name of a spec's method; raises AdapterError where it has none."""
+    found = next((name for name, method in METHODS.items() if type(spec) in method.specs), None)
+    if found is None:
+        raise AdapterError(f"PEFT's layout has no method for {type(spec).__name__}")
+    return found

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ....errors import AdapterError
 from ....hosts import FusedHost, LinearHost
-from ....names import Names
 from ....variants import Spec, VeRA
 from ...content import Content, LayerUpdate
 from ..layout import MATRIX, PARTS, Layout
@@ -59,7 +58,7 @@ class VeRAMethod(Method):
             return {}
         return dict(zip(_PAIR, (matrix.clone() for matrix in spec.pair(*spec.projection)), strict=True))
 
-    def take_shared(self, rest: dict[str, Tensor], spec: Spec, names: Names) -> Spec:
+    def take_shared(self, rest: dict[str, Tensor], spec: Spec) -> Spec:
         """Take the random pair out of a file's tensors; it has to be the one that its seed gives."""
         assert isinstance(spec, VeRA), "the method reads no other"
         A, B = (rest.pop(key.removeprefix("base_model."), rest.pop(key, None)) for key in _PAIR)
