@@ -11,6 +11,18 @@ from .version import __version__
 if TYPE_CHECKING:
     from .arithmetic import extract
     from .arithmetic.on_model import combine, resize
+    from .baselines import (
+        AdapterD,
+        AdapterH,
+        AdapterL,
+        AdapterP,
+        BitFit,
+        Full,
+        PrefixEmbedding,
+        PrefixLayer,
+        SpecialTokens,
+        TopK,
+    )
     from .calibrating import calibrate
     from .converting import convert
     from .errors import AdapterError, AdapterWarning
@@ -20,6 +32,7 @@ if TYPE_CHECKING:
     from .merge_report import MergeReport
     from .merging import merge, merged
     from .planning import Plan, plan
+    from .prefixes import special_tokens
     from .surgery import activate, adapt, adapter_parameters, disabled, remove, reset
     from .training import RankBudget, Step, TrainConfig, TrainState, parameter_groups, train
     from .tree import active_adapters, adapter_names
@@ -28,9 +41,15 @@ if TYPE_CHECKING:
 __all__ = [
     "EVA",
     "AdaLoRA",
+    "AdapterD",
     "AdapterError",
+    "AdapterH",
+    "AdapterL",
+    "AdapterP",
     "AdapterWarning",
+    "BitFit",
     "DoRA",
+    "Full",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -41,8 +60,12 @@ __all__ = [
     "OLoRA",
     "PiSSA",
     "Plan",
+    "PrefixEmbedding",
+    "PrefixLayer",
     "RankBudget",
+    "SpecialTokens",
     "Step",
+    "TopK",
     "TrainConfig",
     "TrainState",
     "VeRA",
@@ -69,12 +92,17 @@ __all__ = [
     "reset",
     "resize",
     "save",
+    "special_tokens",
     "train",
 ]
 
 _HOMES = {
     "arithmetic": ("extract",),
     "arithmetic.on_model": ("combine", "resize"),
+    "baselines": (
+        *("AdapterD", "AdapterH", "AdapterL", "AdapterP", "BitFit", "Full", "PrefixEmbedding", "PrefixLayer"),
+        *("SpecialTokens", "TopK"),
+    ),
     "calibrating": ("calibrate",),
     "converting": ("convert",),
     "errors": ("AdapterError", "AdapterWarning"),
@@ -84,6 +112,7 @@ _HOMES = {
     "merge_report": ("MergeReport",),
     "merging": ("merge", "merged"),
     "planning": ("Plan", "plan"),
+    "prefixes": ("special_tokens",),
     "surgery": ("activate", "adapt", "adapter_parameters", "disabled", "remove", "reset"),
     "training": ("RankBudget", "Step", "TrainConfig", "TrainState", "parameter_groups", "train"),
     "tree": ("active_adapters", "adapter_names"),

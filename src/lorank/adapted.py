@@ -7,7 +7,7 @@ The layer stays the same object with the same parameters under the same names; i
 import functools
 import inspect
 import types
-from copy import deepcopy
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.active: tuple[str, ...] = ()  # in the order of activation, only names that are here
         self.updates: tuple[str, ...] = ()  # of these, the ones added to the layer's output
+        self.preparing: tuple[str, ...] = ()  # of these, the ones that change the layer's input
         self.stand_in: str | None = None  # of these, the copy that runs instead of the layer
         self.layer_names: dict[str, str] = {}  # what the layer is called in the model each adapter was put on
         self.kept: dict[tuple[str, bool], Tensor] | None = None  # what was read of W + ΔW in the call that is running
@@ -58,9 +59,10 @@ class Adapters(nn.Module):
         """Make those of `names` that are here the active ones."""
         self.active = tuple(name for name in names if name in self)
         found = {name: self[name] for name in self.active}
-        additive = {name: entry.additive for name, entry in found.items() if isinstance(entry, Adapter)}
-        self.updates = tuple(sorted(additive, key=additive.__getitem__))  # one that is not is given the base's output
-        copies = [name for name in self.active if name not in additive]
+        adapters = {name: entry for name, entry in found.items() if isinstance(entry, Adapter)}
+        self.updates = in_turn(adapters)
+        self.preparing = tuple(name for name, entry in adapters.items() if entry.prepares)
+        copies = [name for name in self.active if name not in adapters]
         self.stand_in = copies[0] if copies else None
 
     def read(self, layer: nn.Module, attribute: str) -> Tensor | None:
@@ -119,6 +121,14 @@ def _allow_base_checkpoint(adapters: nn.Module, incompatible: _IncompatibleKeys)
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(prefix)]
 
 
+def in_turn(adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
+    """Return the names of adapters of one layer in the order in which they run.
+
+    First what is no sum with the layer's output, and has to be given that as it is; last what runs behind all.
+    """
+    return tuple(sorted(adapters, key=lambda name: (adapters[name].behind, adapters[name].additive)))
+
+
 class Adapted(nn.Module):
     """Mixed in front of a layer's class; adds the active adapters to its forward."""
 
@@ -130,6 +140,8 @@ class Adapted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = self.adapters
+        if adapters.preparing:
+            args, kwargs = self._prepared(args, kwargs)
         x: Tensor | None = args[0] if args else kwargs.get(self.input_name)
         if adapters.stand_in is not None:
             output = run_copy(self, adapters[adapters.stand_in], args, kwargs)
@@ -148,6 +160,13 @@ class Adapted(nn.Module):
             for name in adapters.updates:
                 output = adapters[name](self, x, output)
         return output
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with the input as the active adapters change it."""
+        x = args[0] if args else kwargs[self.input_name]
+        for name in self.adapters.preparing:
+            x = cast(Adapter, self.adapters[name]).prepare(self, x)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, self.input_name: x})
 
     def _with_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Return the arguments with the input among them, which hosts call by no name, and take it from `kwargs`."""
@@ -268,7 +287,7 @@ def _reads(layer: nn.Module, entry: nn.Module, read_without_call: frozenset[str]
     """Return which parameters have to be read with what the adapters add to them, and whether all of it is."""
     present = list(layer.adapters._modules.values()) if isinstance(layer, Adapted) else []
     leaves = [leaf for e in [*present, entry] if isinstance(e, Adapter) for leaf in e.leaves()]
-    changed = {leaf.attribute(layer) for leaf in leaves}
+    changed = {leaf.attribute(layer) for leaf in leaves} - {""}
     before = layer.reads if isinstance(layer, Adapted) else frozenset()
     reads = before | (read_without_call & changed)
     substitutes = not all(leaf.adds(layer) for leaf in leaves)
@@ -305,10 +324,11 @@ def detach(layer: nn.Module, name: str) -> None:
     del adapters._modules[name], adapters.layer_names[name]
     adapters.activate(adapters.active)
     if not adapters.names:
-        _restore_class(layer)
+        restore_class(layer)
 
 
-def _restore_class(layer: nn.Module) -> None:
+def restore_class(layer: nn.Module) -> None:
+    """Make a layer without adapters what it was before the first."""
     del layer._modules["adapters"]
     _change_class(layer, base_class(layer))
     host = registered_host(layer)
@@ -353,30 +373,3 @@ def _redirect(layer: nn.Module, old: Any, new: Any) -> None:
         method = layer.__dict__.get(attribute)
         if isinstance(method, types.MethodType) and method.__func__ is old:
             layer.__dict__[attribute] = types.MethodType(new, layer)
-
-
-# The hooks of a module itself. They run for the layer, so its copy, which runs in the layer's forward, has none.
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
-
-
-def pristine_copy(module: nn.Module) -> nn.Module:
-    """Return a trainable deep copy of a module's base, without adapters that others have put on it.
-
-    Parameters of a half-precision base are kept in float32, in which small steps are not rounded away.
-    """
-    copy: nn.Module
-    if isinstance(module, Adapted):
-        copy = deepcopy(module, {id(module.adapters): nn.Module()})  # a stand-in, so that no adapter is copied
-        _restore_class(copy)
-    else:
-        copy = deepcopy(module)
-    for hooks in _HOOKS:
-        copy.__dict__[hooks] = type(copy.__dict__[hooks])()
-    for parameter in copy.parameters():
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-    return copy

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .errors import AdapterError, did_you_mean, enumerate_names
-from .formats import detect, mlx, peft, torchtune
+from .formats import detect, lorank, mlx, peft, torchtune
 from .formats.pickles import head
 
 README = "README.md"
-FOLDERS = ((peft.CONFIG, peft.TENSORS), (mlx.CONFIG, mlx.TENSORS))  # the better known first
+FOLDERS = ((peft.CONFIG, peft.TENSORS), (mlx.CONFIG, mlx.TENSORS), (lorank.TENSORS,))  # the better known first
 PICKLED = ((peft.CONFIG, peft.PICKLE), (peft.CONFIG, torchtune.TENSORS))  # others do not say their scale
-_WEIGHTS = (peft.TENSORS, mlx.TENSORS, peft.PICKLE, torchtune.TENSORS)
+_WEIGHTS = (peft.TENSORS, mlx.TENSORS, lorank.TENSORS, peft.PICKLE, torchtune.TENSORS)
 _SAFE = (".safetensors", ".gguf")
 _PICKLES = (".bin", ".pt", ".pth", ".lora", ".ckpt")  # .pth.lora is litgpt's
 _OF_MODELS = ("config.json", "model.safetensors", "model.safetensors.index.json", "model_index.json")

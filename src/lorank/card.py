@@ -11,15 +11,17 @@ from typing import Any
 
 from .accounting import readable
 from .adapter_files import choose, files_of
+from .baselines import BASELINES
 from .errors import AdapterError
 from .examining import Examination, examine
 from .extras import require
 from .formats.peft import CONFIG
 from .formats.peft.config import hub_id, read_config
-from .planning import joined
+from .planned import joined
 from .runs.loading import folder_of
 from .runs.metrics import PLOT
-from .runs.run import FACTS, KEPT, RECIPE
+from .runs.run import FACTS, RECIPE
+from .runs.subject import AdapterSubject
 from .variants import METHODS
 
 _HUB = "https://huggingface.co"
@@ -75,7 +77,7 @@ def is_untouched(text: str) -> bool:
 def run_of(place: Path) -> Path | None:
     """Return the folder of the run that an adapter is the result of, if it lies in one."""
     folder = (place if place.is_dir() else place.parent).resolve()
-    return folder.parent if folder.name == KEPT and (folder.parent / RECIPE).is_file() else None
+    return folder.parent if folder.name == AdapterSubject.kept and (folder.parent / RECIPE).is_file() else None
 
 
 def _data_set(recipe: Mapping[str, Any]) -> str | None:
@@ -130,16 +132,17 @@ def _front_matter(
 
 
 def _methods(found: Examination) -> list[str]:
-    return sorted({layer.method for layer in found.layers})
+    return sorted({layer.method for layer in found.layers} | {one.method for one in found.beside})
 
 
 def _what(found: Examination, base: str | None) -> str:
-    names = [METHODS[method].__name__ for method in _methods(found)]
-    what = f"adapter ({', '.join(names)})" if names else "adapter"
+    names = [{**METHODS, **BASELINES}[method].__name__ for method in _methods(found)]
+    what = "low-rank adapter" if found.layers else "adapter"
+    what = f"A{'' if found.layers else 'n'} {what}" + (f" ({', '.join(names)})" if names else "")
     purpose = {"causal-lm": ", a language model", "classification": ", as a classifier"}.get(_task(found), "")
     version = found.about.get("lorank")
     made = f", trained with lorank {_text(version)}" if isinstance(version, str) else ""
-    return f"A low-rank {what}{f' of [{base}]({_HUB}/{base})' if base else ''}{purpose if base else ''}{made}."
+    return f"{what}{f' of [{base}]({_HUB}/{base})' if base else ''}{purpose if base else ''}{made}."
 
 
 def _task(found: Examination) -> str:
@@ -164,6 +167,8 @@ def _about(found: Examination, base: str | None, place: Path, facts: Mapping[str
         "trained whole": ", ".join(map(_code, found.copies)),
         "biases": str(len(found.biases)) if found.biases else "",
         "rows of tokens": ", ".join(f"{len(ids)} of {_code(name)}" for name, ids in found.tokens.items()),
+        "beside the layers": ", ".join(f"{one.settings}, with {one.modules} modules" for one in found.beside),
+        "at inference": "; ".join(one.inference for one in found.beside),
         "tied": ", ".join(f"{_code(name)} to {_code(source)}" for name, source in found.tied.items()),
     }
     rows |= {key: _value(value) for key, value in found.about.items() if key != "lorank" and key not in rows}
@@ -247,8 +252,9 @@ def _use(found: Examination, base: str | None, repo: str, not_peft: list[str], f
     base_option = "" if base else " --model path/to/base"
     lines = [f"lorank pull {repo}{path_option}", f"lorank inspect {name}"]
     lines += [f"lorank generate --adapter {name} --prompt '...'"] if base and task == "causal-lm" else []
-    lines += [f"lorank merge --adapter {name}{base_option} --out merged"]
-    blocks.append("On the command line, merged into an ordinary checkpoint:")
+    lines += [f"lorank merge --adapter {name}{base_option} --out merged"] if not found.beside else []
+    merged = "" if found.beside else ", merged into an ordinary checkpoint"
+    blocks.append(f"On the command line{merged}:")
     blocks.append("```sh\n" + "\n".join(lines) + "\n```")
     return blocks
 

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .adapted import in_turn
 from .hosts import AdditiveHost, NoHost, has_host, host_of, overrides_forward, plain_parameter, registered_host
 from .variants import Adapter, materialised, on_device_of
 
@@ -21,14 +22,20 @@ class Parts(Adapter):
 
     def __init__(self, parts: Mapping[str, Adapter]):
         super().__init__()
-        # First what is no sum with the layer's output: it has to be given that output as it is.
-        for part, adapter in sorted(parts.items(), key=lambda item: item[1].additive):
-            self.add_module(part, adapter)
+        for part in in_turn(parts):
+            self.add_module(part, parts[part])
         self.additive = all(adapter.additive for adapter in parts.values())
+        self.behind = any(adapter.behind for adapter in parts.values())
+        self.prepares = any(adapter.prepares for adapter in parts.values())
 
     def leaves(self) -> Iterator[Adapter]:
         for adapter in self._modules.values():
             yield from cast(Adapter, adapter).leaves()
+
+    def prepare(self, layer: nn.Module, x: Tensor) -> Tensor:
+        for adapter in self._modules.values():
+            x = cast(Adapter, adapter).prepare(layer, x)
+        return x
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         for adapter in self._modules.values():
@@ -83,9 +90,14 @@ class BiasOffset(Adapter):
         return plain_parameter(layer, "bias").detach() + self.offset.detach()
 
 
+INSERTED = "inserted"  # the name among a layer's parts of what a baseline runs with it
+
+
 def join(parts: Mapping[str, Adapter]) -> Adapter:
     """Return one adapter for a layer: itself when it is the layer's only matrix, a `Parts` otherwise."""
-    return parts["weight"] if parts.keys() == {"weight"} else Parts(parts)
+    if parts.keys() == {"weight"} or parts.keys() == {INSERTED}:
+        return next(iter(parts.values()))
+    return Parts(parts)
 
 
 def why_no_bias_offset(layer: nn.Module) -> str | None:

@@ -104,12 +104,12 @@ def convert(
     problems = content.obstacles() + not_finite(tensors_of_updates(content), other_tensors(content))
     if model is not None:
         bind(unwrapped(model), content, problems)
-    if not content.updates and not content.copies and not content.tokens and not content.biases:
+    if not (content.updates or content.copies or content.tokens or content.biases or content.inserted):
         problems.append("it holds no adapter")
     raise_problems(f"cannot convert {source}", problems)
     path = Path(target).expanduser()
     folded = write(content, path, to, None if model is None else unwrapped(model))
-    if to not in ("peft", "vllm") and any(update.fingerprints for update in content.updates.values()):
+    if to not in ("peft", "vllm", "lorank") and any(update.fingerprints for update in content.updates.values()):
         content.remarks.append("the format has no place for what recognises the base: another one will not be noticed")
     methods = Counter(update.spec_of(part).variant for update in content.updates.values() for part in update.tensors)
     return Conversion(
@@ -129,6 +129,7 @@ def convert(
 def _kept(content: Content) -> list[str]:
     kept = [f"{name}, trained whole" for name in content.copies]
     kept += [f"the bias of {name}" for name in content.biases]
+    kept += [str(baseline) for baseline in content.baselines]
     kept += [f"rows of {len(ids)} tokens of {name}" for name, (ids, _) in content.tokens.items()]
     return kept + [f"the tie of {name} with {tie.source}" for name, tie in content.tied.items()]
 

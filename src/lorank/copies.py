@@ -1,11 +1,13 @@
-"""Modules that are trained whole, as a copy (`train_also`): which can be, and of what they consist."""
+"""Modules that are trained whole, as a copy (`train_also`): which can be, of what they consist, and the copy."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .adapted import Adapted
+from .adapted import Adapted, restore_class
 from .errors import enumerate_names
 from .hosts import overrides_forward, registered_host
 from .names import Names, find_modules, lies_in
@@ -116,3 +118,30 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
 def count(parameters: Iterable[nn.Parameter]) -> int:
     """Return how many numbers parameters hold; those of a lazy module that has not seen an input count nothing."""
     return sum(p.numel() for p in parameters if not isinstance(p, UninitializedParameter))
+
+
+# The hooks of a module itself. They run for the layer, so its copy, which runs in the layer's forward, has none.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+
+
+def pristine_copy(module: nn.Module) -> nn.Module:
+    """Return a trainable deep copy of a module's base, without adapters that others have put on it.
+
+    Parameters of a half-precision base are kept in float32, in which small steps are not rounded away.
+    """
+    copy: nn.Module
+    if isinstance(module, Adapted):
+        copy = deepcopy(module, {id(module.adapters): nn.Module()})  # a stand-in, so that no adapter is copied
+        restore_class(copy)
+    else:
+        copy = deepcopy(module)
+    for hooks in _HOOKS:
+        copy.__dict__[hooks] = type(copy.__dict__[hooks])()
+    for parameter in copy.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    return copy

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .baselines import Baseline
 from .errors import AdapterError, dtype_name, enumerate_names
 from .formats import read
-from .formats.content import LayerUpdate, is_finite, not_finite, other_tensors, tensors_of_updates
+from .formats.content import Content, LayerUpdate, is_finite, not_finite, other_tensors, tensors_of_updates
 from .names import in_order, label_of
 
 _HUGE = 1e3  # a factor with values above this did not come out of sound training
@@ -31,6 +32,17 @@ class Layer:
     parameters: int
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A method that runs beside the layers, and changes no matrix."""
+
+    method: str
+    settings: str  # the method with what it was asked for: "adapter-h (size 64)"
+    modules: int  # that it runs with, of those in which it has parameters
+    parameters: int
+    inference: str  # what it costs then
+
+
 @dataclass
 class Examination:
     """The contents of an adapter file."""
@@ -38,6 +50,7 @@ class Examination:
     path: Path
     bytes: int
     layers: list[Layer]
+    beside: list[Beside]
     copies: list[str]  # modules that were trained whole
     biases: list[str]
     tokens: dict[str, list[int]]  # of which rows were trained, by layer
@@ -76,6 +89,9 @@ def examine(
         remarks.append(content.needs_model)
     tensors, others = tensors_of_updates(content), other_tensors(content)
     problems += not_finite(tensors, others, content.base)
+    ends = [own["up"] for _, own in content.inserted.values() if "up" in own]
+    if ends and not any(end.any() for end in ends):
+        remarks.append("every bottleneck ends in zeros: this adapter was never trained")
     zero = [layer.name for layer in layers if layer.norm == 0]
     if zero and len(zero) == len(layers):
         remarks.append("every ΔW is zero: this adapter was never trained")
@@ -95,6 +111,7 @@ def examine(
             file.stat().st_size for file in (path.glob("adapter*") if path.is_dir() else beside) if file.is_file()
         ),
         layers=layers,
+        beside=[_beside(baseline, content) for baseline in content.baselines],
         copies=list(content.copies),
         biases=list(content.biases),
         tokens={name: ids for name, (ids, _) in content.tokens.items()},
@@ -105,6 +122,13 @@ def examine(
         problems=problems,
         remarks=remarks,
     )
+
+
+def _beside(baseline: Baseline, content: Content) -> Beside:
+    own = [tensors for method, tensors in content.inserted.values() if method == baseline.variant]
+    sizes = [sum(tensor.numel() for tensor in tensors.values()) for tensors in own]
+    trained = [size for size in sizes if size]
+    return Beside(baseline.variant, str(baseline), len(trained), sum(trained), baseline.inference())
 
 
 def _layer(name: str, part: str, update: LayerUpdate) -> Layer:

@@ -43,6 +43,10 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
                     remarks.append(f"{layer_name}: none of the {len(leaf.tokens)} trained tokens occurred")
                 elif moved and isinstance(leaf, Update) and not leaf.exhausted and leaf.at_start(layer):
                     unmoved.append(layer_name)
+                if not moved:
+                    groups = [[leaf._parameters.get(key) for key in group] for group in leaf.partners]
+                    together = [[p for p in group if p is not None] for group in groups]
+                    idle |= {id(p) for group in together if any(map(_has_gradient, group)) for p in group}
                 if isinstance(leaf, Update) and not isinstance(leaf, TokenRows):
                     probability = getattr(leaf.spec, "dropout", 0.0)
                     if probability and not leaf.training:
@@ -51,10 +55,6 @@ def check(model: nn.Module, name: str | None = None, *, moved: bool = False) -> 
                         idle |= {id(parameter) for parameter in leaf.parameters()}
                         remarks.append(f"{layer_name}: all its ranks were dropped")
                         continue
-                    if not moved:
-                        groups = [[leaf._parameters[key] for key in group] for group in leaf.partners]
-                        together = [[p for p in group if p is not None] for group in groups]
-                        idle |= {id(p) for group in together if any(map(_has_gradient, group)) for p in group}
                     remarks += _unseen_tokens(layer_name, leaf) + _idle_of_stack(layer_name, leaf)
     remarks += [f"'{a}': dropout {p} has no effect in eval mode; model.train() turns it on" for a, p in dropout.items()]
     experts = idle_experts({key for key, p in parameters.items() if not _has_gradient(p)}, parameters)

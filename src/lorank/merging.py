@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import Adapted, become, detach, why_not_detachable
+from .baselines import Inserted
 from .companions import BiasOffset
-from .errors import AdapterWarning, dtype_name, enumerate_names, raise_problems
+from .errors import AdapterError, AdapterWarning, dtype_name, enumerate_names, raise_problems
 from .fingerprint import Comparison, compare, other_base
 from .hosts import FusedHost, Host, NoHost, host_of, plain_parameter, registered_host
 from .merge_report import MergeReport, MergeRow, measured, warn_of_losses, wide
@@ -173,6 +174,7 @@ def _prepare(model: nn.Module, name: str | None, allow_other_base: bool) -> tupl
     for adapter in names:
         for layer_name, (layer, entry) in entries(model, adapter).items():
             by_layer.setdefault(layer_name, (layer, []))[1].append(entry)
+    _require_changes_of_weights(names, [entry for _, found in by_layer.values() for entry in found])
     dtype = _floating_dtype(model)
     jobs = [_job(layer_name, layer, found, dtype) for layer_name, (layer, found) in by_layer.items()]
     ties = Ties(model)
@@ -193,8 +195,19 @@ def _left_on_another_base(job: _Job, names: Sequence[str]) -> list[str]:
         f"'{name}' stays on {job.name}, and is no sum with its base: on another base it would compute something else. "
         "Remove it first, or merge it too"
         for name, entry in entries_left.items()
-        if isinstance(entry, Adapter) and not entry.additive
+        if isinstance(entry, Adapter) and any(not leaf.additive and not leaf.behind for leaf in entry.leaves())
     ]
+
+
+def _require_changes_of_weights(names: Sequence[str], found: Sequence[nn.Module]) -> None:
+    """Raise AdapterError for adapters that run beside the base, and change none of its weights."""
+    leaves = [leaf for entry in found if isinstance(entry, Adapter) for leaf in entry.leaves()]
+    beside = {leaf.spec.variant for leaf in leaves if isinstance(leaf, Inserted)}
+    if beside:
+        raise AdapterError(
+            f"cannot merge {enumerate_names(names)}: {' and '.join(sorted(beside))} runs beside the base's layers and "
+            "changes none of their weights; keep it unmerged"
+        )
 
 
 def _mirrored_in(job: _Job, layers: Mapping[str, Adapted]) -> set[str]:

@@ -1,149 +1,36 @@
 """plan: what `adapt` would change, with every problem found before the first layer is touched."""
 
 import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
-from .adapted import Adapters, base_class, why_not_attachable
+from .adapted import Adapters, why_not_attachable
+from .baselines import Arrangement, Baseline
 from .companions import Parts, why_no_bias_offset
 from .copies import count, find_copies, moving_statistics, own_parameters
 from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
-from .hosts import Host, NoHost, own_parameter
-from .names import Names, find_modules, label_of, lies_in
-from .targets import BARE_PARAMETER, OUTPUT_HEAD, Selection, Targets, parse_parts, select
+from .hosts import Host, NoHost
+from .names import Names, find_modules, lies_in
+from .planned import Bias, Build, Place, Plan
+from .targets import BARE_PARAMETER, OUTPUT_HEAD, Selection, Targets, exclusions, parse_parts, select
 from .tied import Tie, sharing, tie_of
 from .ties import Ties
-from .tokens import find_tokens, row_size
+from .tokens import find_tokens
 from .tree import adapter_names, unwrapped
 from .variants import Spec
 
-Bias = Literal["none", "adapted", "all"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """One matrix that gets an update: a part of a layer, with the spec that holds for it."""
-
-    name: str  # the layer's dotted name
-    part: str  # "weight", or a part of a fused projection
-    layer: nn.Module = dataclasses.field(repr=False)
-    host: Host = dataclasses.field(repr=False)
-    spec: Spec
-    shape: tuple[int, ...]  # (out, in), or (number, out, in) of a stack
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that would be trained here, counted on the module itself."""
-        built = self.spec.build(self.host, self.layer, self.part, torch.device("meta"))
-        return sum(parameter.numel() for parameter in built.parameters())
-
-    @property
-    def label(self) -> str:
-        """The name with the part: `h.0.attn.c_attn[q]`."""
-        return label_of(self.name, self.part)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an adapter consists of. Printing it shows a table; layers that differ only in numbers share a line."""
-
-    adapter: str
-    spec: Spec
-    places: tuple[Place, ...]
-    copies: dict[str, nn.Module] = dataclasses.field(repr=False)  # modules trained whole, as a copy
-    biases: dict[str, nn.Module] = dataclasses.field(repr=False)  # layers whose bias is trained
-    bias: Bias
-    left_out: dict[str, str]  # layers that `all-linear` or `attention` passed over, with the reason
-    base_parameters: int
-    warnings: tuple[str, ...] = ()
-    tied: dict[str, tuple[Host, Tie]] = dataclasses.field(default_factory=dict, repr=False)  # layers that mirror others
-    tokens: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # rows that are trained, by layer
-    token_layers: dict[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)
-
-    @property
-    def layers(self) -> list[str]:
-        """The names of the layers that get a low-rank update."""
-        return list(dict.fromkeys(place.name for place in self.places))
-
-    @property
-    def trainable_parameters(self) -> int:
-        """Numbers that would be trained: factors, copies and biases."""
-        copies = sum(count(own_parameters(module)) for module in self.copies.values())
-        biases = sum(own_parameter(module, "bias").numel() for module in self.biases.values())
-        rows = sum(len(ids) * row_size(self.token_layers[name]) for name, ids in self.tokens.items())
-        return sum(place.parameters for place in self.places) + copies + biases + rows
-
-    def __str__(self) -> str:
-        rows: dict[tuple[str, ...], tuple[list[str], int]] = {}
-
-        def add(what: str, layer: nn.Module, shape: str, spec: str, parameters: int) -> None:
-            key = (re.sub(r"\b\d+\b", "*", what), base_class(layer).__name__, shape, spec)
-            names, total = rows.get(key, ([], 0))
-            rows[key] = ([*names, what], total + parameters)
-
-        for place in self.places:
-            add(place.label, place.layer, " x ".join(map(str, place.shape)), str(place.spec), place.parameters)
-        for name, module in self.copies.items():
-            add(name, module, "", "trained whole, as a copy", count(own_parameters(module)))
-        for name, module in self.biases.items():
-            bias = own_parameter(module, "bias")
-            add(f"{name}.bias", module, str(bias.numel()), "trained", bias.numel())
-        for name, ids in self.tokens.items():
-            size = row_size(self.token_layers[name])
-            add(name, self.token_layers[name], f"{len(ids)} rows x {size}", "trained", len(ids) * size)
-        table = [("layers", "", "kind", "out x in", "", "parameters")]
-        table += [(joined(names), f"x {len(names)}", *k[1:], f"{total:,}") for k, (names, total) in rows.items()]
-        widths = [max(len(row[i]) for row in table) for i in range(6)]
-        lines = [
-            "  ".join(
-                c.rjust(w) if i in (1, 5) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
-        trained, base = self.trainable_parameters, self.base_parameters
-        lines.append(
-            f"adapter '{self.adapter}': {trained:,} parameters to train, {trained / max(base, 1):.3%} of {base:,}"
-        )
-        lines += [
-            f"tied: {name} has the weight of {tie.source}, and its update" for name, (_, tie) in self.tied.items()
-        ]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.left_out.items():
-            reasons.setdefault(reason, []).append(name)
-        lines += [f"left out: {enumerate_names(layers)} ({reason})" for reason, layers in reasons.items()]
-        lines += [f"warning: {text}" for text in self.warnings]
-        return "\n".join(lines)
-
-
-def joined(names: Sequence[str]) -> str:
-    """Return names that differ only in numbers as one: `layers.{0-11}.q_proj`, `layers.{1,3}.q_proj`."""
-    numbers_of = [[int(number) for number in re.findall(r"\b\d+\b", name)] for name in names]
-    columns = [sorted(set(column)) for column in zip(*numbers_of, strict=True)]
-    every_combination = math.prod(map(len, columns)) == len(names)
-
-    def text(numbers: list[int]) -> str:
-        if len(numbers) == 1:
-            return str(numbers[0])
-        if not every_combination:
-            return "*"
-        consecutive = numbers == list(range(numbers[0], numbers[-1] + 1))
-        return f"{{{numbers[0]}-{numbers[-1]}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"
-
-    replacements = iter([text(column) for column in columns])
-    return re.sub(r"\b\d+\b", lambda match: next(replacements), names[0])
+Method: TypeAlias = Spec | Baseline | Sequence[Spec | Baseline]
 
 
 def plan(
     model: nn.Module,
-    spec: Spec,
-    targets: Targets,
+    spec: Method,
+    targets: Targets | None = None,
     name: str = "default",
     *,
     ranks: Mapping[str, int] | None = None,
@@ -158,11 +45,9 @@ def plan(
     Works on the meta device. Arguments and errors are those of `adapt`.
     """
     model = unwrapped(model)
-    if not isinstance(spec, Spec):
-        what = spec if isinstance(spec, str | type) else type(spec).__qualname__
-        raise AdapterError(f"cannot adapt: the spec is {what!r}; give one such as lorank.LoRA(rank=8)")
+    update, baselines = methods_of(spec)
     names = Names(model)
-    selection = select(model, targets, names)
+    selection = _selection(model, update, baselines, targets, names)
     problems = name_problems(model, name) + selection.problems
     for option, value in (("ranks", ranks), ("alphas", alphas)):
         if value is not None and not isinstance(value, Mapping):
@@ -171,9 +56,14 @@ def plan(
         raise AdapterError(f"cannot adapt: train_also is {train_also!r}; give names of modules")
     notes: list[str] = []
 
-    copies = find_copies(train_also, names, selection, problems)
-    specs = _specs_by_layer(spec, ranks or {}, alphas or {}, names, selection, problems)
-    places = []
+    arranged = [_arranged(baseline, model, names, problems) for baseline in baselines]
+    inserted = _inserted(arranged, names, problems)
+    own_copies = [f"re:{re.escape(module)}" for arrangement in arranged for module in arrangement.train_also]
+    asked = [train_also] if isinstance(train_also, str) else [*train_also]
+    copies = find_copies([*asked, *own_copies], names, selection, problems)
+    bias = "all" if any(arrangement.bias == "all" for arrangement in arranged) else bias
+    specs = _specs_by_layer(update, ranks or {}, alphas or {}, names, selection, problems) if update else {}
+    places: list[Place] = []
     for layer_name, parts in selection.layers.items():
         places += _places(layer_name, parts, specs[layer_name], names, problems)
     notes += _ranks_above_the_layers_own(places)
@@ -189,6 +79,7 @@ def plan(
     biases = _find_biases(bias, names, selection, copies, problems)
     notes += moving_statistics(names, copies)
     adapted = {place.name for place in places} | tied.keys() | tokens.rows.keys()
+    adapted |= inserted.keys()
     problems += [
         f"{n} would be adapted and trained whole at once" for n in names.modules if n in adapted & copies.keys()
     ]
@@ -199,10 +90,11 @@ def plan(
         if reason:
             problems.append(f"{layer_name}: {reason}")
     places = _settled(places, problems)
+    problems += _behind_no_sum(places, inserted)
     raise_problems("cannot adapt", list(dict.fromkeys(problems)))
     return Plan(
         adapter=name,
-        spec=spec,
+        spec=update,
         places=tuple(places),
         copies=copies,
         biases=biases,
@@ -213,7 +105,64 @@ def plan(
         tied=tied,
         tokens=tokens.rows,
         token_layers={layer_name: names.modules[layer_name] for layer_name in tokens.rows},
+        baselines=baselines,
+        inserted=inserted,
+        arranged=tuple(copy for copy in copies if any(copy in arrangement.train_also for arrangement in arranged)),
     )
+
+
+def methods_of(spec: object) -> tuple[Spec | None, tuple[Baseline, ...]]:
+    """Return the method of updates and the baselines in what a user gives as the spec; raises AdapterError."""
+    given = [spec] if isinstance(spec, Spec | Baseline) or not isinstance(spec, list | tuple) else list(spec)
+    updates = [one for one in given if isinstance(one, Spec)]
+    baselines = tuple(one for one in given if isinstance(one, Baseline))
+    if not given or len(updates) + len(baselines) < len(given):
+        wrong = next((one for one in given if not isinstance(one, Spec | Baseline)), "an empty list")
+        what = wrong if isinstance(wrong, str | type) else type(wrong).__qualname__
+        raise AdapterError(f"cannot adapt: the spec is {what!r}; give one such as lorank.LoRA(rank=8)")
+    methods = [one.variant for one in [*updates, *baselines]]
+    if len(updates) > 1 or len(set(methods)) < len(methods):
+        raise AdapterError(
+            f"cannot adapt: {', '.join(methods)} in one adapter; it can have one method of updates, and baselines of "
+            "different kinds beside it"
+        )
+    return (updates[0] if updates else None), baselines
+
+
+def _selection(
+    model: nn.Module, update: Spec | None, baselines: Sequence[Baseline], targets: Targets | None, names: Names
+) -> Selection:
+    """Return what the targets select for the updates; baselines have places of their own."""
+    if update is not None:
+        return select(model, targets, names)  # type: ignore[arg-type]  # None is answered as any other mistake
+    return exclusions(model, targets, names, " and ".join(baseline.variant for baseline in baselines))
+
+
+def _arranged(baseline: Baseline, model: nn.Module, names: Names, problems: list[str]) -> Arrangement:
+    try:
+        return baseline.arrange(model, names)
+    except AdapterError as error:
+        problems.append(str(error))
+        return Arrangement()
+
+
+def _inserted(arranged: Sequence[Arrangement], names: Names, problems: list[str]) -> dict[str, tuple[nn.Module, Build]]:
+    """Return what baselines insert, {module name: (module, how to build it)}."""
+    found: dict[str, tuple[nn.Module, Build]] = {}
+    for arrangement in arranged:
+        problems += [f"two baselines would run with {name}" for name in arrangement.inserted if name in found]
+        found |= {name: (names.modules[name], build) for name, build in arrangement.inserted.items()}
+    return found
+
+
+def _behind_no_sum(places: Sequence[Place], inserted: Mapping[str, object]) -> list[str]:
+    """Return a problem for each layer with something behind it whose update is no sum: that has to come last too."""
+    both = [place for place in places if place.name in inserted]
+    return [
+        f"{place.label}: {place.spec.variant} is no sum with the layer's output, and another method would run behind it"
+        for place in both
+        if not place.spec.build(place.host, place.layer, place.part, torch.device("meta")).additive
+    ]
 
 
 def _settled(places: Sequence[Place], problems: list[str]) -> list[Place]:

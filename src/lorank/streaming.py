@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, Slot, appearing_whole, copy_companions, names_in_model, write_index, write_shard
 from .errors import AdapterError, did_you_mean, dtype_name, raise_problems
-from .fingerprint import Comparison, compare, other_base
+from .fingerprint import Comparison, Fingerprint, compare, other_base
 from .formats.content import Content, LayerUpdate
 from .formats.fitting import filled, located, tensor_problems
-from .hosts import Host
+from .hosts import Host, host_of
 from .merge_report import MergeReport, MergeRow, measured, warn_of_losses, wide
 from .merging import fold
 from .names import Names, base_tensors, label_of
@@ -100,14 +100,14 @@ def merge_checkpoint(
                 with safetensors.safe_open(source, framework="pt") as opened:  # anew, or all its pages stay in memory
                     tensor = opened.get_tensor(read_as[slot.name])
                 _require_own(job, slot.name, tensor)
+                _recognise(job, content.landmarks, slot.name, tensor)
                 merged = _merged(job, slot, tensor, allow_other_base) if slot.name in job.updates else None
                 if slot.name in job.tokens:
                     merged = _with_tokens(job, slot, tensor, _converted(tensor, slot) if merged is None else merged)
                 return _converted(tensor, slot) if merged is None else merged
 
             write_shard(folder / file, slots, tensor_of)
-        remarks: list[str] = []
-        raise_problems("cannot merge", other_base(job.compared, allow_other_base, remarks))
+        raise_problems("cannot merge", other_base(job.compared, allow_other_base, []))
         write_index(folder, shards)
         copy_companions(base, folder)
         _change_config(folder / "config.json", (config or {}) | ({"dtype": dtype_name(dtype)} if dtype else {}))
@@ -141,6 +141,7 @@ def _prepare(checkpoint: Checkpoint, content: Content, model: nn.Module) -> _Job
     job = _Job(model, names_in_model(checkpoint.names, own, prefix))
     places = _Places(own, set(job.written_as.values()), Names(model), Ties(model))
     problems = content.obstacles()
+    problems += [f"{baseline} runs beside the layers, and changes no weight" for baseline in content.baselines]
     problems += _find_updates(job, content, places)
     problems += _find_tokens(job, content, places)
     problems += _find_values(job, content, places)
@@ -305,6 +306,20 @@ def _merged(job: _Job, slot: Slot, tensor: Tensor, allow_other_base: bool) -> Te
         weight = layer._parameters[attribute]
         assert weight is not None
         return _finite(weight.detach(), slot.name)
+    finally:
+        layer._parameters[attribute] = placeholder
+
+
+def _recognise(job: _Job, landmarks: Mapping[str, Fingerprint], name: str, tensor: Tensor) -> None:
+    """Compare a tensor with the one that the adapter remembers of its base, where it has no update of that layer."""
+    layer_name, _, attribute = name.rpartition(".")
+    if attribute != "weight" or layer_name not in landmarks:
+        return
+    layer = job.model.get_submodule(layer_name)
+    host, placeholder = host_of(layer), layer._parameters[attribute]
+    try:
+        layer._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        job.compared[layer_name] = compare(landmarks[layer_name], host.matrix(layer, "weight"))
     finally:
         layer._parameters[attribute] = placeholder
 

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from . import planning
-from .adapted import attach, detach, pristine_copy, why_not_detachable
-from .companions import BiasOffset, join
+from .adapted import attach, detach, why_not_detachable
+from .companions import INSERTED, BiasOffset, join
+from .copies import pristine_copy
 from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
 from .hosts import host_of, own_parameter
 from .names import Names
-from .planning import Bias, Plan
+from .planning import Bias, Method, Plan
 from .targets import Targets
 from .tied import TOKENS, mirrors
 from .tokens import TokenRows
@@ -29,7 +30,7 @@ from .tree import (
     require_whole_model,
     unwrapped,
 )
-from .variants import Adapter, Spec, Update, on_device_of
+from .variants import Adapter, Update, on_device_of
 
 # Where a model keeps the names of the parameters that `adapt` froze, to thaw them when the last adapter goes.
 _FROZEN = "_frozen_by_lorank"
@@ -37,8 +38,8 @@ _FROZEN = "_frozen_by_lorank"
 
 def adapt(
     model: nn.Module,
-    spec: Spec,
-    targets: Targets,
+    spec: Method,
+    targets: Targets | None = None,
     name: str = "default",
     *,
     ranks: Mapping[str, int] | None = None,
@@ -51,10 +52,12 @@ def adapt(
 ) -> Plan:
     """Freeze the base, add an adapter to every layer that `targets` selects, and return what was done.
 
-    spec: what to add, such as `LoRA(rank=8, alpha=16)`.
+    spec: what to add, such as `LoRA(rank=8, alpha=16)`; one of the paper's baselines, such as `AdapterH(size=64)`; or
+        a list of an update and baselines that make one adapter together, `[LoRA(rank=8), PrefixEmbedding(8, 4)]`.
     targets: layers by the end of their names ("q_proj", "self_attn.q_proj"), patterns ("layers.*.q_proj",
         "re:..."), the words "all-linear" and "attention", parts of a fused projection ("c_attn[q,v]"), a
-        function (name, layer) -> bool, or a list of these; a leading "!" excludes.
+        function (name, layer) -> bool, or a list of these; a leading "!" excludes. Baselines have places of their
+        own, and take no targets other than exclusions.
     name: of the adapter, for `activate`, `save` and the others.
     ranks, alphas: {pattern: value} for layers that differ from the spec. A layer with another rank keeps its
         alpha, so its scale changes too.
@@ -98,6 +101,9 @@ def adapt(
     for layer_name, mirrored in mirrors(made.tied, parts, whole=tie).items():
         parts.setdefault(layer_name, {}).update(mirrored)
         layers[layer_name] = modules[layer_name]
+    for module_name, (module, build) in made.inserted.items():
+        parts.setdefault(module_name, {})[INSERTED] = build(None)
+        layers[module_name] = module
     built: dict[str, nn.Module] = {layer_name: join(adapters) for layer_name, adapters in parts.items()}
     for module_name, module in made.copies.items():
         try:

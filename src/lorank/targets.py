@@ -95,6 +95,18 @@ def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
     return selection
 
 
+def exclusions(model: nn.Module, targets: Targets | None, names: Names, method: str) -> Selection:
+    """Return what targets exclude, for a method that has places of its own and lets targets say no more than that."""
+    selection = Selection()
+    wanted = [targets] if isinstance(targets, str) or callable(targets) else list(targets or ())
+    for target in wanted:
+        if isinstance(target, str) and target.startswith("!"):
+            _exclude(target, model, names, selection)
+        else:
+            selection.problems.append(f"{method} has its own places; targets can only exclude, as '!lm_head' does")
+    return selection
+
+
 def parse_parts(target: str) -> tuple[str, tuple[str, ...] | None]:
     """Split "c_attn[q,v]" into "c_attn" and ("q", "v"); a target without parts gives None for them."""
     match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\]", target) if not target.startswith("re:") else None

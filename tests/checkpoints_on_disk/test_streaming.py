@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import lorank
 from lorank import AdapterError, AdapterWarning, LoRA
+from lorank.baselines import AdapterH, BitFit, TopK
 from lorank.cli import app
 from lorank.formats import read
 from lorank.models import empty_base
@@ -521,3 +522,34 @@ def test_a_head_that_nobody_trained_is_refused(tmp_path: Path) -> None:
         assert isinstance(found.exception, AdapterError)
         assert "no weights for classifier, and the adapter brings none" in str(found.exception)
         assert not (tmp_path / "merged").exists()
+
+
+def merge_into(base: Path, adapter: Path, target: Path) -> Path:
+    model = empty_base(str(base), "causal-lm")
+    merge_checkpoint(base, read(adapter, model), model, target)
+    return target
+
+
+@pytest.mark.parametrize("spec", [BitFit(), TopK(1)])
+def test_what_has_no_update_is_merged_into_its_own_base_alone(spec: Any, tmp_path: Path) -> None:
+    model = models.gpt2()
+    base = base_in(tmp_path / "base", model)
+    lorank.adapt(model, spec)
+    models.disturb(model)
+    lorank.save(model, tmp_path / "adapter")
+    found = tensors_in(merge_into(base, tmp_path / "adapter", tmp_path / "out"))
+    lorank.merge(model)
+    assert_same(found, tensors_in(base_in(tmp_path / "expected", model)))
+    other = base_in(tmp_path / "other", models.gpt2())
+    with pytest.raises(AdapterError, match="the base differs"):
+        merge_into(other, tmp_path / "adapter", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_runs_beside_the_layers_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    model = models.gpt2()
+    base = base_in(tmp_path / "base", model)
+    lorank.adapt(model, [LoRA(rank=2), AdapterH(size=2)], "c_attn")
+    lorank.save(model, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="runs beside the layers, and changes no weight"):
+        merge_into(base, tmp_path / "adapter", tmp_path / "out")

@@ -17,7 +17,8 @@ def require_sound(content: Content, action: str, name: str = "") -> None:
     """Raise AdapterError for what a reader found wrong with a file, and for an adapter that holds nothing."""
     whose = f"{name}: " if name else ""
     problems = [f"{whose}{problem}" for problem in content.obstacles()]
-    if not (content.updates or content.copies or content.biases or content.tokens):
+    problems += [f"{whose}{baseline} is no update that could be computed with" for baseline in content.baselines]
+    if not (content.inserted or content.updates or content.copies or content.biases or content.tokens):
         problems.append(f"{whose}it holds no adapter")
     raise_problems(action, problems)
 

@@ -12,6 +12,7 @@ from ..data import open_source, rendering_of
 from ..data.rendering import PlainText, Rendering, Text, Turn
 from ..errors import AdapterError, raise_problems
 from ..evaluation import Decoding, complete, stream
+from ..prefixes import special_tokens
 from ..runs.loading import Loaded, require_trained_base
 from ..surgery import activate
 from ..tasks.base import evaluating, to_device
@@ -97,8 +98,8 @@ class _Predictor(_Answerer):
     def __init__(self, loaded: Loaded, about: Mapping[str, Any]) -> None:
         super().__init__(loaded)
         pair = Text(about["text_pair"]) if about.get("text_pair") else None
-        length = about.get("max_length") or 512
-        parts = (self.tokenizer, length, Text(about.get("text") or "text"), pair, about.get("label") or "label")
+        self.length = about.get("max_length") or 512
+        parts = (self.tokenizer, self.length, Text(about.get("text") or "text"), pair, about.get("label") or "label")
         if loaded.about["task"] == "regression":
             self.task: Classification | Regression = Regression(*parts)
         else:
@@ -112,8 +113,11 @@ class _Predictor(_Answerer):
         self.task.encode_texts([record])
 
     def answers(self, records: Sequence[Record], batch_size: int) -> Iterator[tuple[int, Any]]:
+        special = special_tokens(self.model)
+        self.task.max_length = self.length - len(special or ())
         for begin in range(0, len(records), batch_size):
             examples, _ = self.task.cut(self.task.encode_texts(records[begin : begin + batch_size]))
+            self.task.surround(special, examples)
             with evaluating(self.model):
                 outputs = self.task.outputs(self.model, to_device(self.task.collate(examples), self.model.device))
             yield from ((begin + i, self._prediction(row)) for i, row in enumerate(outputs.cpu()))

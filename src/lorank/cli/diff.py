@@ -56,7 +56,7 @@ def diff(
 
 def _row(rows: Sequence[Any]) -> dict[str, Any]:
     """Return one line for layers that differ in nothing but their number, with their means."""
-    from ..planning import joined
+    from ..planned import joined
 
     def mean(value: Callable[[Any], float | None]) -> str:
         values = [found for row in rows if (found := value(row)) is not None]

@@ -110,6 +110,7 @@ def _task(
     loaded: Any, own: dict[str, Any], given: dict[str, str | None], records: Any, data: str, max_length: int | None
 ) -> Any:
     """Return the task to score: an adapter's own, under what was given."""
+    from ..prefixes import special_tokens
     from ..runs.columns import choose_columns
     from ..runs.prepare import allowed_length, make_task
     from ..runs.recipe import Recipe, as_typed
@@ -123,7 +124,10 @@ def _task(
         about = {name: value for name, value in about.items() if name not in kinds - kept}
     recipe = choose_columns(Recipe(**{"model": loaded.name, "data": data, **about, **keys}), records)
     wanted = max_length or own.get("max_length")
-    limit = allowed_length(wanted, loaded.model, loaded.base.tokenizer)
+    special = special_tokens(loaded.model)
+    limit = allowed_length(wanted, loaded.model, loaded.base.tokenizer, special)
     recipe = dataclasses.replace(recipe, max_length=limit, label_smoothing=0.0)
     labels = own.get("labels") or (loaded.label_names() if recipe.task == "classification" else None)
-    return make_task(recipe, loaded.base.tokenizer, labels)
+    made = make_task(recipe, loaded.base.tokenizer, labels)
+    made.surround(special, ())
+    return made

@@ -1,5 +1,6 @@
 """lorank inspect: what is in an adapter file, and what looks wrong with it."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,16 +52,18 @@ def inspect(
             rows = [{key: value for key, value in row.items() if key != "method"} for row in rows]
         if rows:
             table(rows, numbers=("layers", "rank", "alpha", "scale", "norm of ΔW", "parameters"))
-        for kind, tensors in (("trained whole", found.copies), ("bias", found.biases)):
-            if tensors:
-                out.print(f"{kind}: {', '.join(tensors)}")
+        for one in found.beside:
+            out.print(f"{one.settings}, with {one.modules} modules: {one.parameters:,} parameters")
+            out.print(f"at inference: {one.inference}")
+        for kind, names in (("trained whole", found.copies), ("bias", found.biases)):
+            if names:
+                out.print(f"{kind}: {', '.join(_grouped(names))}")
         for name, ids in found.tokens.items():
             out.print(f"rows of {len(ids)} tokens: {name}")
         for name, source in found.tied.items():
             out.print(f"tied: {name} has the update of {source}")
-        out.print(
-            f"{found.parameters:,} parameters in {len(found.layers)} layers, {readable(found.bytes)} in {Path(place)}",
-        )
+        in_layers = f" in {len(found.layers)} layers" if found.layers else ""
+        out.print(f"{found.parameters:,} parameters{in_layers}, {readable(found.bytes)} in {Path(place)}")
         if found.base_model:
             out.print(f"base: {found.base_model}")
         for key, value in found.about.items():
@@ -77,9 +80,20 @@ def inspect(
         raise typer.Exit(1)
 
 
+def _grouped(names: list[str]) -> list[str]:
+    """Return names with those that differ in numbers alone as one."""
+    from ..names import in_order
+    from ..planned import joined
+
+    groups: dict[str, list[str]] = {}
+    for name in in_order(names):
+        groups.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
+    return [joined(group) for group in groups.values()]
+
+
 def _row(layers: list[Any]) -> dict[str, Any]:
     """Return one line for layers that differ in nothing but their number."""
-    from ..planning import joined
+    from ..planned import joined
 
     norms = [layer.norm for layer in layers if layer.norm is not None]
     low, high = min(norms, default=0.0), max(norms, default=0.0)

@@ -23,7 +23,7 @@ def train(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Train an adapter, and keep the best one by its score on held-out data.
+    """Train an adapter, or a baseline such as all of the model, and keep the best by its score on held-out data.
 
     RECIPE is a YAML file with any of the keys below; KEY=VALUE words and flags override it. The run's folder gets the
     resolved recipe, the metrics, a plot of the loss, a checkpoint to resume from, and the adapter.
@@ -33,6 +33,7 @@ def train(
       lorank train --model HuggingFaceTB/SmolLM2-135M --data pairs.jsonl
       lorank train --model roberta-base --data sst2.tsv --text sentence --targets query,value
       lorank train recipe.yaml rank=16 learning_rate=1e-3
+      lorank train recipe.yaml --method adapter-h method_options='{size: 16}'
       lorank train recipe.yaml --dry-run
       lorank train --resume runs/pairs-SmolLM2-135M
     """
@@ -59,10 +60,12 @@ def train(
     finish = _train(run)
     from ..runs.metrics import PLOT
 
-    adapter = run.folder / "adapter"
+    plan = prepared.plan
+    kept = run.folder / prepared.subject.kept
     facts = {
         "run": str(run.folder),
-        "adapter": str(adapter) if adapter.exists() else None,
+        prepared.subject.kept: str(kept) if kept.exists() else None,
+        "merges": all(baseline.merges for baseline in plan.baselines),
         "step": finish.step,
         "done": finish.done,
         "best": finish.best,
@@ -181,9 +184,11 @@ def _show_end(facts: Mapping[str, Any]) -> None:
     best = facts["best"]
     scores = "  ".join(f"{name} {number(value)}" for name, value in best.items() if name != "step")
     out.print(f"done in {clock(facts['seconds'])} of training: {facts['plot']}")
-    out.print(f"adapter: {facts['adapter']}" + (f"  (step {best['step']}: {scores})" if best else ""))
+    kept = "model" if "model" in facts else "adapter"
+    out.print(f"{kept}: {facts[kept]}" + (f"  (step {best['step']}: {scores})" if best else ""))
     run = shlex.quote(facts["run"])
-    out.print(f"next: lorank generate --adapter {run}, or lorank merge --adapter {run} --out merged")
+    merge = f", or lorank merge --adapter {run} --out merged" if kept == "adapter" and facts["merges"] else ""
+    out.print(f"next: lorank generate --{kept} {run}{merge}")
 
 
 def _option(field: dataclasses.Field, kind: Any) -> inspect.Parameter:

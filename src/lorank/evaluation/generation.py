@@ -1,5 +1,6 @@
 """Generation through transformers: many prompts at once, or one as a stream."""
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from ..data import padding_id, prompt_ids
 from ..errors import AdapterError
 from ..extras import require
+from ..prefixes import special_tokens
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def _generate(model: Any, tokenizer: Any, rows: list[list[int]], decoding: Decod
         # Without top_k=0 transformers would draw from the likeliest 50 alone.
         **({"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if draws else {}),
     )
+    special = special_tokens(model)
+    if special is not None:
+        rows = [special.around(array("q", row), 0, len(row)).tolist() for row in rows]
     width = max(len(row) for row in rows)
     ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)

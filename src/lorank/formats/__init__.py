@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..errors import AdapterError, AdapterWarning, enumerate_names
+from ..errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
 from ..names import Names
 from ..planning import Plan, warn
 from ..surgery import only_adapter, require_name
 from ..tree import require_not_folded, unwrapped
+from . import lorank
 from .content import Content, Given, LayerUpdate, as_json, gather
 from .fitting import fit
 
@@ -64,13 +65,15 @@ def save(
     path: str | os.PathLike[str],
     name: str | None = None,
     *,
-    format: str = "peft",
+    format: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter in a file format: by default PEFT's, of which `path` is a directory.
 
-    format: one of `lorank.formats.FORMATS`. Warns of what had to be written in another way, such as scales that were
-        folded into B because the format has one for all layers.
+    format: one of `lorank.formats.FORMATS`. Without one it is PEFT's, or lorank's own for what that cannot hold:
+        adapters without an update of a matrix (BitFit, top-k), those that run beside the layers, and prefixes. Warns
+        of what had to be written in another way, such as scales that were folded into B because the format has one
+        for all layers.
 
     An adapter that is there already is replaced in one step, other files stay; a failure leaves the old ones
     whole. The bytes depend on the adapter and its base alone. Without a name it is the only adapter, or
@@ -81,18 +84,23 @@ def save(
     """
     model = unwrapped(model)
     require_not_folded(model, "cannot save")
-    if format not in FORMATS:
+    if format is not None and format not in FORMATS:
         raise AdapterError(f"cannot save: unknown format '{format}'; known are {', '.join(writable())}")
     chosen = require_name(model, name, "save") if name is not None else only_adapter(model, "save")
     target = as_path(path)
     content = gather(model, chosen)
     content.about = json.loads(as_json(about or {}))
-    for note in write(content, target, format, model):
+    for note in write(content, target, format or format_for(content), model):
         warnings.warn(f"{target}: {note}", AdapterWarning, stacklevel=2)
 
 
 def write(content: Content, path: Path, format: str, model: nn.Module | None) -> list[str]:
     """Write an adapter in a format; return what the file says in another way than the adapter, method included."""
+    if format != "lorank":
+        problems = [f"{baseline} runs beside the layers" for baseline in content.baselines]
+        own = lorank.TENSORS
+        problems += [f"{path} has an adapter in lorank's own format ({own})"] if (path / own).is_file() else []
+        raise_problems(f"cannot write it in the format '{format}'", problems)
     notes = FORMATS[format].write(content, path, model)
     others: dict[str, list[str]] = {}  # layers, by method
     for name, update in content.updates.items():
@@ -102,6 +110,11 @@ def write(content: Content, path: Path, format: str, model: nn.Module | None) ->
         f"{method} written as LoRA, which computes the same: {enumerate_names(layers, 3)}"
         for method, layers in sorted(others.items())
     ] + notes
+
+
+def format_for(content: Content) -> str:
+    """Return the format in which an adapter is saved when none is named: PEFT's where that can hold it."""
+    return "peft" if content.updates and not content.inserted else "lorank"
 
 
 def writable() -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..baselines import Baseline, Inserted
 from ..companions import BiasOffset
 from ..errors import AdapterError, enumerate_names, raise_problems
 from ..fingerprint import Fingerprint, fingerprint
-from ..hosts import ConvHost, Host, NoHost
-from ..names import label_of
-from ..planning import Bias
+from ..hosts import ConvHost, Host, NoHost, registered_host
+from ..names import label_of, lies_in
+from ..planned import Bias
 from ..tied import Mirror, Tie
 from ..tokens import TokenRows
-from ..tree import entries
+from ..tree import base_modules, entries
 from ..variants import Adapter, LoRA, Spec, Update
+
+_LANDMARKS = 8
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,15 @@ class LayerUpdate:
 class Content:
     """One adapter."""
 
-    spec: Spec
+    spec: Spec  # of most updates; without any it says nothing
     updates: dict[str, LayerUpdate] = field(default_factory=dict)  # by layer
     biases: dict[str, Tensor] = field(default_factory=dict)  # by layer, (out,)
     tied: dict[str, Tie] = field(default_factory=dict)  # layers that mirror the update of another
     tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # by layer: token numbers, their rows
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by module, its state dict
+    baselines: tuple[Baseline, ...] = ()  # those that run something with modules of the model
+    inserted: dict[str, tuple[str, dict[str, Tensor]]] = field(default_factory=dict)  # by module: of which, and tensors
+    landmarks: dict[str, Fingerprint] = field(default_factory=dict)  # weights of the base, when no update tells it
     base: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that came along
     bias: Bias = "none"
     about: dict[str, Any] = field(default_factory=dict)  # what its maker wrote of it: the task, the names of labels
@@ -145,6 +151,7 @@ def other_tensors(content: Content) -> dict[str, Tensor]:
     """Return what else of an adapter is trained, by what messages call it."""
     found = {f"{layer}.bias": bias for layer, bias in content.biases.items()}
     found |= {f"{copy}.{key}": tensor for copy, tensors in content.copies.items() for key, tensor in tensors.items()}
+    found |= {f"{n} {what}: {key}": t for n, (what, own) in content.inserted.items() for key, t in own.items()}
     return found | {f"{layer}: rows of tokens": rows for layer, (_, rows) in content.tokens.items()}
 
 
@@ -188,6 +195,11 @@ def gather(model: nn.Module, name: str) -> Content:
             elif isinstance(leaf, Mirror):
                 if not isinstance(leaf.source, TokenRows):
                     content.tied[layer_name] = leaf.tie
+            elif isinstance(leaf, Inserted):
+                own = {key: _collected(tensor) for key, tensor in leaf.tensors().items()}
+                content.inserted[layer_name] = leaf.spec.variant, own
+                if leaf.spec not in content.baselines:
+                    content.baselines += (leaf.spec,)
             elif isinstance(leaf, Update):
                 if reason := leaf.why_not_saved():
                     problems.append(f"{layer_name}: {reason}")
@@ -206,9 +218,34 @@ def gather(model: nn.Module, name: str) -> Content:
     if content.updates:
         specs = Counter(update.spec for update in content.updates.values())
         content.spec = specs.most_common(1)[0][0]
+    else:
+        content.landmarks = landmarks(model, content.copies)
     if content.biases:
         content.bias = "adapted" if content.biases.keys() <= content.updates.keys() else "all"
     return content
+
+
+def landmarks(model: nn.Module, copies: Collection[str]) -> dict[str, Fingerprint]:
+    """Return fingerprints of some weights of the base, by layer, evenly spread over it: enough to know it again.
+
+    copies: modules of which the adapter has its own, and which may be anything in the base.
+    """
+    layers = {name: layer for name, layer in base_modules(model) if not lies_in(name, copies)}
+    dense = {name: host for name, layer in layers.items() if (host := _dense_host(layer)) is not None}
+    chosen = list(dense)[:: max(1, len(dense) // _LANDMARKS)]
+    return {name: fingerprint(dense[name].matrix(layers[name], "weight")) for name in chosen}
+
+
+def _dense_host(layer: nn.Module) -> Host | None:
+    """Return the host of a layer whose weight is one plain matrix with values."""
+    host = registered_host(layer)
+    if host is None or host.quantised:
+        return None
+    try:
+        plain = host.parts(layer) == ("weight",) and not host.matrix(layer, "weight").is_meta
+    except NoHost:
+        return None
+    return host if plain else None
 
 
 def note_layer(update: LayerUpdate, layer: nn.Module, host: Host, *parts: str) -> None:

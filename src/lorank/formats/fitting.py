@@ -6,20 +6,23 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..adapted import pristine_copy, why_not_attachable
+from ..adapted import why_not_attachable
 from ..companions import BiasOffset, join, why_no_bias_offset
-from ..copies import copyable_parts, count, own_parameters, why_not_copyable
-from ..errors import AdapterError, did_you_mean, dtype_name, raise_problems
+from ..copies import copyable_parts, count, own_parameters, pristine_copy, why_not_copyable
+from ..errors import AdapterError, did_you_mean, raise_problems
 from ..fingerprint import Comparison, compare, other_base
 from ..hosts import Host, NoHost, own_parameter
 from ..names import Names
-from ..planning import Place, Plan, name_problems
+from ..planned import Place, Plan
+from ..planning import name_problems
 from ..surgery import install, require_no_inference_mode
 from ..tied import TOKENS, Tie, mirrors, sharing, tie_of
 from ..ties import Ties
 from ..tokens import TokenRows, find_tokens
 from ..variants import Adapter, Update
-from .content import Content, LayerUpdate, is_finite, note_layer, own_tensors
+from .checking import tensors_problems, value_problems
+from .content import Content, LayerUpdate, note_layer, own_tensors
+from .inserting import fit_inserted, landmark_problems
 
 
 def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_other_base: bool) -> Plan:
@@ -34,6 +37,8 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
     tied = _fit_ties(content, names, ties, parts, problems)
     biases = _fit_biases(content, names, parts, problems)
     copies = _fit_copies(content, names, problems)
+    inserted = fit_inserted(model, content, names, parts, problems)
+    problems += landmark_problems(content, names, allow_other_base)
     for layer_name, mirrored in [*mirrors(token_ties, parts, False).items(), *mirrors(tied, parts, True).items()]:
         parts.setdefault(layer_name, {}).update(mirrored)
     built: dict[str, nn.Module] = {layer: join(adapters) for layer, adapters in parts.items()}
@@ -50,7 +55,7 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
     install(model, name, {n: (names.modules[n], entry) for n, entry in built.items()}, activate=activate)
     return Plan(
         adapter=name,
-        spec=content.spec,
+        spec=content.spec if content.updates else None,
         places=tuple(places),
         copies={module_name: names.modules[module_name] for module_name in copies},
         biases=biases,
@@ -61,6 +66,8 @@ def fit(model: nn.Module, content: Content, name: str, *, activate: bool, allow_
         tied=token_ties | tied,
         tokens={layer: tuple(ids) for layer, (ids, _) in content.tokens.items()},
         token_layers={layer: names.modules[layer] for layer in content.tokens},
+        baselines=content.baselines,
+        inserted=inserted,
     )
 
 
@@ -112,7 +119,7 @@ def _fit_tokens(
         if values.shape != rows.offset.shape or sorted(ids) != list(ids):
             problems.append(f"{name}: rows of tokens are {tuple(values.shape)} in the file, for {len(ids)} tokens")
             continue
-        problems += _value_problems(f"{name}: rows of tokens", values, rows.offset.dtype)
+        problems += value_problems(f"{name}: rows of tokens", values, rows.offset.dtype)
         rows.offset.data.copy_(values.to(rows.offset.device, rows.offset.dtype) - rows.rows_of_base(layer))
         parts.setdefault(canonical, {})[TOKENS] = rows
     return found.ties
@@ -225,26 +232,7 @@ def tensor_problems(place: Place, tensors: Mapping[str, Tensor]) -> list[str]:
     if reason:
         return [f"{place.label}: {reason}"]
     needed = place.spec.build(place.host, place.layer, place.part, torch.device("meta")).tensors()
-    problems = [f"{place.label}: the file lacks {name}" for name in needed.keys() - tensors.keys()]
-    problems += [f"{place.label}: the file has {name}, which {place.spec} has not" for name in tensors.keys() - needed]
-    for name in (name for name in needed if name in tensors):
-        found, shape = tensors[name], tuple(needed[name].shape)
-        if tuple(found.shape) != shape:
-            problems.append(f"{place.label}: {name} is {tuple(found.shape)} in the file, the model needs {shape}")
-        else:
-            problems += _value_problems(f"{place.label}: {name}", found, needed[name].dtype)
-    return problems
-
-
-def _value_problems(what: str, tensor: Tensor, dtype: torch.dtype) -> list[str]:
-    """Return what is wrong with the values of a file's tensor that is to be kept in a dtype."""
-    if not tensor.is_floating_point():
-        return [f"{what} is {dtype_name(tensor.dtype)} in the file; it must be floating-point"]
-    if not is_finite(tensor):
-        return [f"{what} holds NaN or Inf"]
-    if not torch.isfinite(tensor.to(dtype)).all():
-        return [f"{what} holds numbers that are too large for {dtype_name(dtype)}"]
-    return []
+    return tensors_problems(place.label, str(place.spec), needed, tensors)
 
 
 def filled(place: Place, tensors: Mapping[str, Tensor]) -> Update:
@@ -262,7 +250,7 @@ def _bias_problem(name: str, module: nn.Module, value: Tensor) -> str | None:
     bias = own_parameter(module, "bias")
     if value.shape != bias.shape:
         return f"{name}.bias is {tuple(value.shape)} in the file, the model needs {tuple(bias.shape)}"
-    return next(iter(_value_problems(f"{name}.bias", value, torch.promote_types(bias.dtype, torch.float32))), None)
+    return next(iter(value_problems(f"{name}.bias", value, torch.promote_types(bias.dtype, torch.float32))), None)
 
 
 def _fit_copies(content: Content, names: Names, problems: list[str]) -> dict[str, nn.Module]:
@@ -297,7 +285,7 @@ def _fit_copies(content: Content, names: Names, problems: list[str]) -> dict[str
                     f"{name}.{key} is {tuple(found.shape)} in the file, the model needs {tuple(wanted.shape)}"
                 )
             elif isinstance(wanted, nn.Parameter) and wanted.is_floating_point():  # a buffer may hold infinities
-                problems += _value_problems(f"{name}.{key}", found, wanted.dtype)
+                problems += value_problems(f"{name}.{key}", found, wanted.dtype)
         if len(problems) == before:
             for key, (_, _, wanted) in places.items():
                 wanted.data.copy_(tensors[key])

@@ -1,5 +1,6 @@
 """A base with trained adapters on it, found from the adapters themselves."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from ..formats.content import outputs_of_head
 from ..models import Base, known_labels, load_base, task_of
 from ..names import lies_in
 from .recipe import Recipe
-from .run import KEPT, RECIPE
+from .run import RECIPE
+from .subject import ABOUT, AdapterSubject, WholeModel
 
 
 @dataclass
@@ -59,6 +61,8 @@ def load_adapted(
     about = dict(first.about) if first is not None else {}
     if task not in (None, "causal-lm", "classification", "regression"):
         raise AdapterError(f"task is {task!r}; it must be causal-lm, classification or regression")
+    model, of_model = model_of(model) if model is not None else (None, {})
+    about = about or of_model
     name = model or (base_of(next(iter(places.values())), first) if first is not None else None)
     if name is None:
         raise AdapterError("which base? Give --model; " + ("the adapter does not say" if places else "or an --adapter"))
@@ -110,11 +114,26 @@ def labels_of(content: Content, base: str) -> list[str] | None:
 def folder_of(adapter: str) -> Path:
     """Return the folder of an adapter, given it or the run that it is the result of."""
     path = Path(adapter).expanduser()
+    if (path / WholeModel.kept / ABOUT).is_file():
+        raise AdapterError(f"the run {adapter} has trained a whole model, and no adapter: give it as --model {adapter}")
     if (path / RECIPE).is_file():
-        if not (path / KEPT).is_dir():
+        if not (path / AdapterSubject.kept).is_dir():
             raise AdapterError(f"the run {adapter} has no adapter yet; go on with lorank train --resume {adapter}")
-        return path / KEPT
+        return path / AdapterSubject.kept
     return path
+
+
+def model_of(model: str) -> tuple[str, dict[str, Any]]:
+    """Return where a base is, given it or the run that trained all of one, and what it was trained for."""
+    path = Path(model).expanduser()
+    path = path / WholeModel.kept if (path / WholeModel.kept / ABOUT).is_file() else path
+    if not (path / ABOUT).is_file():
+        return model, {}
+    try:
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path / ABOUT} is damaged: {error}") from None
+    return str(path), about if isinstance(about, dict) else {}
 
 
 def base_of(adapter: Path, content: Content) -> str | None:
@@ -136,7 +155,7 @@ def named(adapters: Sequence[str]) -> dict[str, Path]:
         folder = folder_of(path if equals else given)
         if not equals:
             resolved = folder.resolve()
-            in_run = resolved.name == KEPT and (resolved.parent / RECIPE).is_file()
+            in_run = resolved.name == AdapterSubject.kept and (resolved.parent / RECIPE).is_file()
             name = (resolved.parent if in_run else resolved).name.replace(".", "_")
         if name in found:
             raise AdapterError(f"two adapters are called '{name}'; name them: first=PATH second=PATH")

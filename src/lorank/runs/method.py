@@ -1,4 +1,4 @@
-"""The method that a recipe asks for, as a spec; and the data that it has to see before it can be trained."""
+"""The methods that a recipe asks for, as specs; and the data that some have to see before they can be trained."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ..baselines import BASELINES, Baseline
 from ..calibrating import calibrate, calibrated_leaves
 from ..data import Example, Order
-from ..errors import AdapterError, did_you_mean
+from ..errors import AdapterError, did_you_mean, enumerate_names
 from ..planning import Plan
 from ..tasks import Task
 from ..tasks.base import to_device
@@ -16,25 +17,34 @@ from ..variants import METHODS, Spec
 from .recipe import SHARED, Recipe, options_of
 
 
-def spec_of(recipe: Recipe) -> Spec:
-    """Return the spec that a recipe describes; raises AdapterError for what its method does not have."""
-    method = METHODS[recipe.method]
-    known = {field.name: field.default for field in dataclasses.fields(method)}
-    given: dict[str, Any] = {}
-    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    for name in SHARED:
-        value = getattr(recipe, name)
-        if value is None or value == defaults[name]:
-            continue
-        if name not in known:
-            raise AdapterError(f"{recipe.method} has no {name}; it has {', '.join(known)}")
-        given[name] = value
-    own = options_of(method)
-    for name, value in recipe.method_options.items():
-        if name not in own:
-            hint = did_you_mean(name, own) if own else "it has none"
+def methods_of(recipe: Recipe) -> list[Spec | Baseline]:
+    """Return the specs that a recipe describes; raises AdapterError for what its methods do not have."""
+    kinds: list[Any] = [{**METHODS, **BASELINES}[method] for method in recipe.method.split("+")]
+    options = {method.variant: options_of(method) for method in kinds}
+    for name in recipe.method_options:
+        if not any(name in own for own in options.values()):
+            known = [option for own in options.values() for option in own]
+            hint = did_you_mean(name, known) if known else "it has none"
             raise AdapterError(f"method_options: {recipe.method} has no option '{name}'; {hint}")
-        given[name] = value
+    updates = [method for method in kinds if issubclass(method, Spec)]
+    if not updates:
+        _refuse_shared(recipe, kinds)
+    made: list[Spec | Baseline] = [_spec_of(recipe, method) for method in updates]
+    for method in kinds:
+        if not issubclass(method, Spec):
+            given = {name: value for name, value in recipe.method_options.items() if name in options[method.variant]}
+            made.append(method(**given))
+    return made
+
+
+def _spec_of(recipe: Recipe, method: type[Spec]) -> Spec:
+    """Return the spec of updates that a recipe describes."""
+    known = {field.name: field.default for field in dataclasses.fields(method)}
+    given = _shared(recipe)
+    if unknown := [name for name in given if name not in known]:
+        raise AdapterError(f"{method.variant} has no {unknown[0]}; it has {', '.join(known)}")
+    own = options_of(method)
+    given |= {name: value for name, value in recipe.method_options.items() if name in own}
     rank = given.get("rank", known["rank"])
     if "alpha" in known:
         given.setdefault("alpha", 2.0 * rank)
@@ -42,6 +52,31 @@ def spec_of(recipe: Recipe) -> Spec:
         return method(**given)
     except TypeError as error:
         raise AdapterError(f"method_options cannot be used: {error}") from None
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe says of the fields that methods of updates share."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    given = {name: getattr(recipe, name) for name in SHARED}
+    return {name: value for name, value in given.items() if value is not None and value != defaults[name]}
+
+
+def _refuse_shared(recipe: Recipe, kinds: Sequence[type[Baseline]]) -> None:
+    """Raise AdapterError for keys that say something of updates, where there are none."""
+    given = [*_shared(recipe), *(name for name in ("ranks", "alphas", "tie") if getattr(recipe, name))]
+    given += ["lora_plus"] if recipe.lora_plus != 1 else []
+    if given:
+        own = [option for method in kinds for option in options_of(method)]
+        has = f"; it has {', '.join(own)} (method_options)" if own else ""
+        raise AdapterError(f"{recipe.method} has no {enumerate_names(given)}{has}")
+
+
+def targets_of(recipe: Recipe, methods: Sequence[Spec | Baseline]) -> list[str] | None:
+    """Return the targets for `adapt`; baselines alone have places of their own, and take the default for none."""
+    default = dataclasses.fields(Recipe)[[field.name for field in dataclasses.fields(Recipe)].index("targets")]
+    assert callable(default.default_factory), "a list"
+    alone = not any(isinstance(method, Spec) for method in methods)
+    return None if alone and recipe.targets == default.default_factory() else recipe.targets
 
 
 def show_data(

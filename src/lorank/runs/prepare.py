@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from ..accounting import Memory, training_memory
+from ..baselines import Full, SpecialTokens
+from ..copies import count, own_parameters
 from ..data import Example, Order, Text, hold_out, open_source, rendering_of
 from ..errors import AdapterError, enumerate_names
 from ..formats.safetensors_file import encoded
@@ -27,17 +29,19 @@ from ..models import (
     recompute_activations,
 )
 from ..names import lies_in
-from ..planning import Plan
+from ..planned import Plan
+from ..prefixes import special_tokens
 from ..surgery import adapt
 from ..tasks import CausalLM, Classification, Regression, Task, Tensors
 from ..tasks.base import to_device
 from ..training import TrainConfig
 from ..training.rate import suggested_rate
+from ..variants import Spec
 from .columns import choose_columns, named_labels
-from .method import show_data, spec_of
+from .method import methods_of, show_data, targets_of
 from .recipe import Recipe
+from .subject import ADAPTER, AdapterSubject, Subject, WholeModel
 
-ADAPTER = "default"  # the adapter's name on the model of a run
 _PROBED = 4096  # numbers of each tensor that tell one base from another
 _LONGEST = 1024  # tokens, unless the recipe says otherwise
 
@@ -55,6 +59,7 @@ class Prepared:
     held_out: list[Example]
     order: Order
     device: torch.device
+    subject: Subject
     remarks: list[str]  # what was chosen or cut, for the user to see
 
     @property
@@ -109,21 +114,25 @@ def prepare(recipe: Recipe) -> Prepared:
     train, held_out = task.examples(records), task.examples(held) if held is not None else []
 
     seed_everything(recipe.seed)
-    dtype = choose_dtype(recipe.dtype, device)
+    # An adapter is kept in float32 whatever the base is; a base that is trained itself would round small steps away.
+    dtype = choose_dtype("float32" if (recipe.method, recipe.dtype) == ("full", "auto") else recipe.dtype, device)
     base = load_base(recipe.model, recipe.task, dtype=dtype, labels=names, tokenizer=tokenizer)
-    task.max_length = allowed_length(recipe.max_length, base.model, tokenizer)
+    plan = adapt_base(recipe, base.model, base.fresh)
+    special = special_tokens(base.model) if not plan.whole else None
+    task.max_length = allowed_length(recipe.max_length, base.model, tokenizer, special)
     train, cut = task.cut(train)
     held_out, cut_held = task.cut(held_out)
     if not train:
         raise AdapterError("there is nothing to train on: no example has a trained token")
     remarks += task.remarks(train) + cut + [f"held out: {remark}" for remark in cut_held]
-    plan = adapt_base(recipe, base.model, base.fresh)
+    task.surround(special, [*train, *held_out])
     base.model.to(device)
 
     order = Order([len(example.ids) for example in train], recipe.batch_size, recipe.seed)
     recipe, config = _schedule(recipe, order, base, remarks)
     plan, seen = show_data(recipe, plan, base.model, task, train, order, device)
     remarks += seen
+    subject = _subject(plan, base, task, train, order, device)
     recipe = dataclasses.replace(
         recipe,
         model=_from_anywhere(recipe.model),
@@ -131,27 +140,46 @@ def prepare(recipe: Recipe) -> Prepared:
         eval_data=recipe.eval_data and _from_anywhere(recipe.eval_data),
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         device=str(device),
-        max_length=task.max_length,
-        train_also=list(plan.copies),
-        rank=plan.spec.rank,
+        max_length=task.max_length + len(special or ()),
+        train_also=[name for name in plan.copies if name not in plan.arranged],
+        rank=plan.spec.rank if plan.spec is not None else None,
         alpha=getattr(plan.spec, "alpha", None),
         best=_choose_best(recipe, task),
     )
-    return Prepared(recipe, base, task, plan, config, train, held_out, order, device, remarks)
+    return Prepared(recipe, base, task, plan, config, train, held_out, order, device, subject, remarks)
 
 
-def allowed_length(wanted: int | None, model: Any, tokenizer: Any) -> int:
-    """Return to how many tokens examples are cut; raises AdapterError for more than the model reads."""
-    most = longest(model, tokenizer)
+def allowed_length(wanted: int | None, model: Any, tokenizer: Any, special: SpecialTokens | None = None) -> int:
+    """Return to how many tokens examples are cut; raises AdapterError for more than the model reads.
+
+    special: tokens that are put around each of them, for which there has to be room.
+    """
+    most, around = longest(model, tokenizer), len(special or ())
     if wanted is not None and wanted > most:
         raise AdapterError(f"max_length is {wanted:,}; this model reads at most {most:,} tokens")
-    return wanted or min(most, _LONGEST)
+    if (wanted or most) - around < 2:
+        raise AdapterError(f"{around:,} special tokens leave no room in a context of {wanted or most:,}")
+    return (wanted or min(most, _LONGEST)) - around
+
+
+def _subject(
+    plan: Plan, base: Base, task: Task, examples: list[Example], order: Order, device: torch.device
+) -> Subject:
+    """Return what the run trains."""
+    if not plan.whole:
+        return AdapterSubject(base.model)
+    first = to_device(task.collate([examples[i] for i in next(order.from_batch(0))]), device)
+    base.model.eval()  # no dropout: a run that is resumed does it again
+    return WholeModel(base.model, base.tokenizer, lambda: task.loss(base.model, first)[0])
 
 
 def adapt_base(recipe: Recipe, model: Any, fresh: Sequence[str] = ()) -> Plan:
     """Put the recipe's adapter on a base, of which the `fresh` modules have random values."""
     if recipe.gradient_checkpointing:
         recompute_activations(model)
+    methods = methods_of(recipe)
+    if any(isinstance(method, Full) for method in methods):
+        return _whole(recipe, model, methods)
     heads = heads_of(model, fresh) if recipe.task != "causal-lm" else []
     train_also = heads if recipe.train_also is None else recipe.train_also
     untrained = [name for name in fresh if not lies_in(name, train_also)]
@@ -162,8 +190,8 @@ def adapt_base(recipe: Recipe, model: Any, fresh: Sequence[str] = ()) -> Plan:
         )
     return adapt(
         model,
-        spec_of(recipe),
-        recipe.targets,
+        methods,
+        targets_of(recipe, methods),
         ADAPTER,
         ranks=recipe.ranks,
         alphas=recipe.alphas,
@@ -171,6 +199,17 @@ def adapt_base(recipe: Recipe, model: Any, fresh: Sequence[str] = ()) -> Plan:
         bias=recipe.bias,  # type: ignore[arg-type]
         tie=recipe.tie,
     )
+
+
+def _whole(recipe: Recipe, model: Any, methods: Sequence[object]) -> Plan:
+    """Return the plan of training all of a base; raises AdapterError for keys that have no meaning then."""
+    refused = [name for name in ("train_also", "bias") if getattr(recipe, name) not in (None, "none", [])]
+    refused += ["other methods beside it"] if len(methods) > 1 else []
+    refused += ["targets"] if targets_of(recipe, [Full()]) is not None else []
+    if refused:
+        raise AdapterError(f"full trains all parameters, and takes no {enumerate_names(refused)}")
+    total = count(own_parameters(model))
+    return Plan(ADAPTER, None, (), {}, {}, "none", {}, total, baselines=(Full(),))
 
 
 def memory_of(prepared: Prepared) -> Memory | str:
@@ -259,13 +298,14 @@ def _schedule(recipe: Recipe, order: Order, base: Base, remarks: list[str]) -> t
     rate = recipe.learning_rate
     if rate is None:
         config = getattr(base.model.config, "get_text_config", lambda: base.model.config)()
-        scale = spec_of(recipe).scale
+        method = methods_of(recipe)[0]
+        scale, pace = (method.scale, 1.0) if isinstance(method, Spec) else (2.0, method.pace)
         if not isinstance(getattr(config, "hidden_size", None), int):
             raise AdapterError("no learning rate can be suggested for this model: it has no hidden_size; give one")
-        rate = suggested_rate(config.hidden_size, scale)
+        rate = suggested_rate(config.hidden_size, scale, pace)
         remarks.append(
-            f"learning_rate {rate:g} is a suggestion, from the width {config.hidden_size} and the scale {scale:g}: "
-            "a rule of thumb to start from"
+            f"learning_rate {rate:g} is a suggestion, from the width {config.hidden_size} and the "
+            f"{f'scale {scale:g}' if isinstance(method, Spec) else 'method'}: a rule of thumb to start from"
         )
     warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else round(recipe.warmup)
     if warmup > steps:

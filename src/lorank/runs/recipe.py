@@ -16,6 +16,11 @@ METHODS = (
     *("lora", "dora", "pissa", "olora", "milora", "eva", "lora-ga", "lora-fa"),
     *("vera", "adalora", "loha", "lokr"),
 )
+# As `baselines.BASELINES`.
+BASELINES = (
+    *("full", "bitfit", "top-k", "adapter-h", "adapter-l", "adapter-p", "adapter-d"),
+    *("prefix-embedding", "prefix-layer"),
+)
 # Keys of a recipe that are fields of methods, where these have them.
 SHARED = ("rank", "alpha", "dropout", "rank_stabilised", "init")
 TASKS = ("auto", "causal-lm", "classification", "regression")
@@ -67,7 +72,7 @@ class Recipe:
     targets: list[str] = _key(
         ["all-linear"], _ADAPTER, "layers to adapt: names, patterns, all-linear, attention, !exclusions"
     )
-    method: str = _key("lora", _ADAPTER, ", ".join(METHODS))
+    method: str = _key("lora", _ADAPTER, f"{', '.join(METHODS + BASELINES)}; or several as one, lora+prefix-embedding")
     method_options: dict[str, Any] = _key({}, _ADAPTER, "what else the method has, {option: value}")
     rank: int | None = _key(None, _ADAPTER, "rank of the update; default: 8, of vera 256, of adalora 12")
     alpha: float | None = _key(None, _ADAPTER, "numerator of the scale alpha/rank; default: twice the rank")
@@ -157,9 +162,10 @@ def options_of(spec: type[Any]) -> list[str]:
 
 def _hint(name: str) -> str:
     """Return what may have been meant by a key that there is not."""
+    from ..baselines import BASELINES as OTHERS
     from ..variants import METHODS as SPECS
 
-    own = [method for method, spec in SPECS.items() if name in options_of(spec)]
+    own = [method for method, spec in {**SPECS, **OTHERS}.items() if name in options_of(spec)]
     if own:
         return f"it is an option of {', '.join(own)}: method_options={{{name}: ...}}"
     return did_you_mean(name, Recipe.names())
@@ -272,10 +278,12 @@ def _value_problems(recipe: Recipe) -> list[str]:
         ("dtype", ("auto", "float32", "bfloat16")),
         ("bias", ("none", "adapted", "all")),
         ("init", ("kaiming", "gaussian")),
-        ("method", METHODS),
     ):
         if getattr(recipe, name) not in known:
             problems.append(f"{name} is {getattr(recipe, name)!r}; it must be one of {', '.join(known)}")
+    for method in recipe.method.split("+"):
+        if method not in METHODS + BASELINES:
+            problems.append(f"method is '{method}'; {did_you_mean(method, METHODS + BASELINES)}")
     for name in (
         "rank",
         "calibrate",

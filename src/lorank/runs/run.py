@@ -16,20 +16,18 @@ from torch import Tensor
 from ..data import in_order
 from ..errors import AdapterError, enumerate_names
 from ..extras import require
-from ..formats import save
 from ..formats.safetensors_file import write_atomically
-from ..health import Watch
-from ..surgery import adapter_parameters
 from ..tasks import Tensors
 from ..tasks.base import evaluating, to_device
 from ..training import RankBudget, Step, TrainState, train
 from ..variants import AdaLoRA
 from ..version import __version__
 from . import checkpoint, metrics
-from .prepare import ADAPTER, Prepared, seed_everything
+from .prepare import Prepared, seed_everything
 from .recipe import Recipe
+from .subject import ADAPTER, AdapterSubject, restore
 
-RECIPE, FACTS, KEPT = "recipe.yaml", "run.json", "adapter"
+RECIPE, FACTS = "recipe.yaml", "run.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Run:
     folder/recipe.yaml   the recipe with everything filled in
     folder/run.json      versions, device, command, result
     folder/metrics.jsonl every step's numbers; loss.png draws them
-    folder/adapter/      the best adapter so far (the last one, when nothing is held out)
+    folder/adapter/      the best adapter so far (the last one, when nothing is held out); of full training, model/
     folder/checkpoint.safetensors
     """
 
@@ -107,6 +105,7 @@ class Run:
     def events(self) -> Iterator[Event]:
         """Train, and yield what happens."""
         recipe, model, config = self.recipe, self.prepared.model, self.prepared.config
+        subject = self.prepared.subject
         assert config.steps is not None and recipe.eval_every and recipe.checkpoint_every, "chosen in prepare"
         if self.state.step >= config.steps:
             yield self._finish()  # again: it may have been killed after its last checkpoint
@@ -126,12 +125,10 @@ class Run:
             if isinstance(self.prepared.plan.spec, AdaLoRA):
                 self.budget = RankBudget(model, config.steps, ADAPTER)
                 self.budget.restore(self._stored_budget)
-            watch = Watch(model, ADAPTER, steps=min(5, config.steps - self.state.step))
+            watch = subject.watch(min(5, config.steps - self.state.step))
             model.train()
             began = time.perf_counter()
-            for step in train(
-                adapter_parameters(model, ADAPTER), self._loss, self._batches(), config, state=self.state
-            ):
+            for step in train(subject.parameters(), self._loss, self._batches(), config, state=self.state):
                 self.remarks += watch()
                 if self.budget is not None:
                     self.budget.update(step.index)
@@ -144,7 +141,7 @@ class Run:
                     if self.prepared.held_out:
                         self.remarks.append(f"no evaluation had a number for '{self._best}': the last adapter was kept")
                 if last or self.stopping or step.index % recipe.checkpoint_every == 0:
-                    checkpoint.write(self.folder, model, ADAPTER, self.state, self.progress, self._budget_tensors())
+                    checkpoint.write(self.folder, subject.tensors(), self.state, self.progress, self._budget_tensors())
                 if self.stopping and not last:
                     break
                 began = time.perf_counter()
@@ -218,9 +215,9 @@ class Run:
         return Evaluated(step, scores, False)
 
     def _keep(self) -> None:
-        """Save the adapter as the run's result."""
+        """Save what was trained as the run's result."""
         about = {**self.prepared.task.about(), "max_length": self.recipe.max_length, "lorank": __version__}
-        save(self.prepared.model, self.folder / KEPT, ADAPTER, about=about)
+        self.prepared.subject.keep(self.folder, about)
 
     def _make_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -240,7 +237,7 @@ class Run:
         if not (self.folder / checkpoint.FILE).is_file():
             self.remarks.append("the run was stopped before its first checkpoint: it begins anew")
             return
-        adapter, self.state, found, self._stored_budget = checkpoint.read(self.folder)
+        own, self.state, found, self._stored_budget = checkpoint.read(self.folder)
         other = [what for what in ("data", "base", "recipe") if getattr(found, what) != getattr(self.progress, what)]
         if other:
             raise AdapterError(
@@ -254,9 +251,9 @@ class Run:
         ]
         if changed:
             self.remarks.append(f"the last digits will differ from an uninterrupted run: {enumerate_names(changed)}")
-        checkpoint.restore(self.prepared.model, ADAPTER, adapter)
+        restore(self.prepared.subject, own)
         self.progress = found
-        for folder in (self.folder, self.folder / KEPT):
+        for folder in (self.folder, self.folder / AdapterSubject.kept):
             for partial in folder.glob(".*.partial"):  # of a write that was killed
                 partial.unlink()
         if self.state.step >= (self.prepared.config.steps or 0):

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..data import Example, columns_of, padding_id
+from ..baselines import SpecialTokens
+from ..data import IGNORED, Example, columns_of, padding_id
 from ..errors import AdapterError
 
 Tensors = dict[str, Tensor]
@@ -25,6 +26,7 @@ class Task(ABC):
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
+        self.special: SpecialTokens | None = None  # around every prompt, of an adapter with a prefix
 
     @abstractmethod
     def columns(self) -> dict[str, str]:
@@ -91,8 +93,35 @@ class Task(ABC):
         types = None if example.types is None else example.types[:length]
         return Example(example.ids[:length], labels, types)
 
+    @abstractmethod
+    def prompt_of(self, example: Example) -> tuple[int, int]:
+        """Return between which places the prompt lies that special tokens are put around.
+
+        Raises AdapterError for an example that has no one prompt.
+        """
+
+    def surround(self, special: SpecialTokens | None, examples: Sequence[Example]) -> None:
+        """Have `collate` put special tokens around the prompts; raises AdapterError for examples where it cannot."""
+        self.special = special
+        if special is not None:
+            for example in examples:
+                self.prompt_of(example)
+
     def collate(self, examples: Sequence[Example]) -> Tensors:
         """Return examples as one batch, padded on the right to the longest of them."""
+        special = self.special
+        return self._batch(examples if special is None else [self._surrounded(e, special) for e in examples])
+
+    def _surrounded(self, example: Example, special: SpecialTokens) -> Example:
+        begin, end = self.prompt_of(example)
+        labels, types = example.labels, example.types
+        if isinstance(labels, array):
+            labels = special.around(labels, begin, end, (IGNORED, IGNORED))
+        if types is not None:  # as their neighbours have it
+            types = special.around(types, begin, end, (types[begin], types[end - 1]))
+        return Example(special.around(example.ids, begin, end), labels, types)
+
+    def _batch(self, examples: Sequence[Example]) -> Tensors:
         width = max(len(example.ids) for example in examples)
         batch = {
             "input_ids": _padded([example.ids for example in examples], width, padding_id(self.tokenizer)),

@@ -1,6 +1,7 @@
 """Causal language models: the next token, on the parts of a text that are trained on."""
 
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import IGNORED, Completion, Example, Rendering, encode_segments, pieces
+from ..errors import AdapterError
 from .base import Task, Tensors, _padded
 
 
@@ -54,8 +56,20 @@ class CausalLM(Task):
                 ]
         return []
 
-    def collate(self, examples: Sequence[Example]) -> Tensors:
-        batch = super().collate(examples)
+    def prompt_of(self, example: Example) -> tuple[int, int]:
+        """Return the place of all that stands in front of the first trained token."""
+        labels = example.labels
+        assert isinstance(labels, array), "a label a token"
+        trained = [i for i, label in enumerate(labels) if label != IGNORED]
+        if self.special is not None and self.special.infix and trained[-1] - trained[0] >= len(trained):
+            raise AdapterError(
+                "infix tokens stand behind the prompt, and there are examples with several answers, each behind a "
+                "prompt of its own; train with infix=0"
+            )
+        return 0, trained[0]
+
+    def _batch(self, examples: Sequence[Example]) -> Tensors:
+        batch = super()._batch(examples)
         width = batch["input_ids"].shape[1]
         batch["labels"] = _padded([example.labels for example in examples], width, IGNORED)  # type: ignore[misc]
         return batch

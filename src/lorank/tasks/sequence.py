@@ -46,6 +46,15 @@ class _Sequence(Task):
             for i, ids in enumerate(encoded["input_ids"])
         ]
 
+    def prompt_of(self, example: Example) -> tuple[int, int]:
+        """Return the place of the text: behind the sign that encoders put in front, before the last token.
+
+        What is read of a model is the first token, or the last one; these stay where they are.
+        """
+        signs = (getattr(self.tokenizer, "cls_token_id", None), getattr(self.tokenizer, "bos_token_id", None))
+        begin = 1 if len(example.ids) > 1 and example.ids[0] in signs else 0
+        return begin, max(begin, len(example.ids) - 1)
+
     def _shortened(self, example: Example, length: int) -> Example:
         """Cut the text, or the longer one of a pair, at its end; the tokenizer's own signs stay."""
         last = len(example.ids) - 1
@@ -105,9 +114,9 @@ class Classification(_Sequence):
             near = did_you_mean(str(value), self.labels, "the labels are")
             raise AdapterError(f"the label {value!r} is not one of the {len(self.labels)} known; {near}") from None
 
-    def collate(self, examples: Sequence[Example]) -> Tensors:
+    def _batch(self, examples: Sequence[Example]) -> Tensors:
         labels = torch.tensor([example.labels for example in examples], dtype=torch.long, device="cpu")
-        return super().collate(examples) | {"labels": labels}
+        return super()._batch(examples) | {"labels": labels}
 
     def loss(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, int]:
         labels = batch["labels"]
@@ -147,9 +156,9 @@ class Regression(_Sequence):
             raise AdapterError(f"the label {value!r} is not finite")
         return number
 
-    def collate(self, examples: Sequence[Example]) -> Tensors:
+    def _batch(self, examples: Sequence[Example]) -> Tensors:
         labels = torch.tensor([example.labels for example in examples], dtype=torch.float32, device="cpu")
-        return super().collate(examples) | {"labels": labels}
+        return super()._batch(examples) | {"labels": labels}
 
     def loss(self, model: nn.Module, batch: Tensors) -> tuple[Tensor, int]:
         labels = batch["labels"]

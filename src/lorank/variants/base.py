@@ -21,10 +21,18 @@ class Adapter(nn.Module, ABC):
     """
 
     additive: bool = True  # y + f(x): any number of such adapters may be active together
+    behind: bool = False  # f(y): it runs on what the layer gives with all others
+    prepares: bool = False  # it changes the layer's input, in `prepare`
+    # Groups of parameters of which some are zero at the start, so that the others have no gradient before these move.
+    partners: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @abstractmethod
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the adapted output from the layer's input x and its output so far y."""
+
+    def prepare(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return what the layer and its adapters are to be given in the place of the input x."""
+        return x
 
     def adds(self, layer: nn.Module) -> bool:
         """Tell whether `forward` can add this to the layer's output; if not, the layer has to read `change`."""
@@ -32,7 +40,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def attribute(self, layer: nn.Module) -> str:
-        """Return the name of the layer's parameter that this changes."""
+        """Return the name of the layer's parameter that this changes; "" when it changes none."""
 
     @abstractmethod
     def change(self, layer: nn.Module) -> Tensor:
@@ -74,8 +82,6 @@ class Update(Adapter):
     spec: Any  # the `Spec` that built it; each method declares its own
     host: Host
     part: str
-    # Groups of parameters of which some are zero at the start, so that the others have no gradient before these move.
-    partners: ClassVar[tuple[tuple[str, ...], ...]] = ()
     # Parameters on the side of the output, as B is: those that learn faster in LoRA+.
     outward: ClassVar[tuple[str, ...]] = ()
     exhausted: bool = False  # a budget has taken all its ranks from it: it rightly gets no gradient

@@ -1,0 +1,137 @@
+"""Prefixes: special tokens around the prompt, of which embeddings or activations are trained (paper, section 5.1)."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import blocks_of
+from ..errors import AdapterError, raise_problems
+from ..names import Names
+from ..variants import Adapter, materialised
+from .base import Arrangement, Baseline, Build, Inserted, register, whole_number_problems
+from .special import Running, SpecialTokens
+
+
+@dataclass(frozen=True)
+class Prefix(Baseline):
+    """Special tokens in front of the prompt (prefix, the paper's l_p) and behind it (infix, l_i)."""
+
+    merges = False
+    pace = 5.0
+    prefix: int = 8
+    infix: int = 8
+
+    def __post_init__(self) -> None:
+        problems = whole_number_problems(self, prefix=0, infix=0)
+        if not problems and not self.prefix + self.infix:
+            problems = ["prefix and infix are 0: there would be nothing to train"]
+        raise_problems(f"{self.variant} cannot be used", problems)
+
+    def arrange(self, model: nn.Module, names: Names) -> Arrangement:
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore
+        if not isinstance(embedding, nn.Embedding):
+            raise AdapterError(f"{self.variant} needs a model with an embedding of tokens (get_input_embeddings)")
+        name = next(name for name, module in names.modules.items() if module is embedding)
+        running = Running(SpecialTokens(embedding.num_embeddings, self.prefix, self.infix))
+        return Arrangement(inserted=self.modules(name, embedding, running, names))
+
+    @abstractmethod
+    def modules(self, name: str, embedding: nn.Embedding, running: Running, names: Names) -> dict[str, Build]:
+        """Return what is to run with the embedding of that name, and with other modules."""
+
+    def inference(self) -> str:
+        return f"{self.prefix + self.infix} more tokens to read in every input, and as much less room in its context"
+
+
+@register("prefix-embedding")
+@dataclass(frozen=True)
+class PrefixEmbedding(Prefix):
+    """The special tokens have trained embeddings: d · (prefix + infix) parameters."""
+
+    prefix: int = 64
+
+    def modules(self, name: str, embedding: nn.Embedding, running: Running, names: Names) -> dict[str, Build]:
+        return {name: lambda device: SpecialEmbedding(self, running, embedding, device)}
+
+
+@register("prefix-layer")
+@dataclass(frozen=True)
+class PrefixLayer(Prefix):
+    """The special tokens have trained activations at every block: L · d · (prefix + infix) parameters.
+
+    What the blocks below make of the tokens is replaced by trained rows, at the input of every block. (The paper says
+    "after every Transformer layer"; rows after the last one would have no effect.)
+    """
+
+    def modules(self, name: str, embedding: nn.Embedding, running: Running, names: Names) -> dict[str, Build]:
+        found: dict[str, Build] = {name: lambda device: SpecialMarks(self, running)}
+        for block in blocks_of(names, self.variant):
+            found[block] = lambda device: SpecialActivations(self, running, embedding, device)
+        return found
+
+
+class SpecialMarks(Inserted):
+    """At the embedding: notes where the special tokens are, which the embedding itself does not know."""
+
+    prepares = True
+
+    def __init__(self, spec: Prefix, running: Running):
+        super().__init__()
+        self.spec, self.running = spec, running
+
+    def prepare(self, layer: Any, x: Tensor) -> Tensor:
+        return self.running.begin(x, layer.num_embeddings)
+
+    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def start(self) -> None:
+        """There is nothing to initialise."""
+
+
+class _Rows(SpecialMarks):
+    """A trained row for each special token."""
+
+    def __init__(self, spec: Prefix, running: Running, embedding: nn.Embedding, device: torch.device | None):
+        super().__init__(spec, running)
+        weight = embedding.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        shape = (len(running.tokens), weight.shape[1])
+        self.rows = nn.Parameter(torch.empty(shape, device=device or weight.device, dtype=dtype))
+        # The spread of the vocabulary's embeddings, so that the tokens begin as long as others are.
+        self.spread = 0.02 if weight.is_meta else float(weight.detach().float().std())
+        if not self.rows.is_meta:
+            with torch.no_grad():
+                self.start()
+
+    def start(self) -> None:
+        nn.init.normal_(self.rows, std=self.spread)
+
+    def extra_repr(self) -> str:
+        return str(self.spec)
+
+
+class SpecialEmbedding(_Rows):
+    """At the embedding: the rows are what the special tokens are embedded as."""
+
+    def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        ids = self.running.ids
+        return y if ids is None else self.running.put(materialised(self.rows, y), ids, y)
+
+
+class SpecialActivations(_Rows):
+    """At a block: the rows are what the special tokens enter it as."""
+
+    def prepare(self, layer: nn.Module, x: Tensor) -> Tensor:
+        checkpointed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
+        ids = self.running.at_block(x, checkpointed)
+        return x if ids is None else self.running.put(materialised(self.rows, x), ids, x)
+
+
+def special_tokens_of(leaves: Iterable[Adapter]) -> SpecialTokens | None:
+    """Return the special tokens of adapters that are active together; None when they have none."""
+    return next((leaf.running.tokens for leaf in leaves if isinstance(leaf, SpecialMarks)), None)
