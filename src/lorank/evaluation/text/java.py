@@ -16,9 +16,8 @@ from .base import on_one_line
 _TOKENIZER = "tokenizer/stanford-corenlp-3.4.1.jar"
 _METEOR = "meteor/meteor-1.5.jar"
 _UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")  # whatever the locale says
-# Tokens that the caption scorer drops.
-_QUOTES = ("''", "'", "``", "`")
-_PUNCTUATION = {*_QUOTES, "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+# Tokens that the caption scorer drops. It means to drop brackets too, and does not: in lower case they are -lrb-, ...
+_PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 
 def java() -> str:

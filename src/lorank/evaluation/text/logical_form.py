@@ -5,9 +5,10 @@ WikiSQL compares {column, aggregate, conditions}: the same column and aggregate,
 
     SELECT [MAX | MIN | COUNT | SUM | AVG] column FROM table [WHERE column (= | > | <) value [AND ...]]
 
-with or without brackets after the aggregate, quotes around columns and values, and a semicolon at the end. Columns are
-compared by name, in lower case and without blanks, as WikiSQL finds them. A value is compared as a text, in lower case:
-7 and 7.0 differ. The name of the table is not compared; there is one. A text that cannot be read so is wrong.
+in capitals or not, with or without brackets after the aggregate, quotes around columns and values, and a semicolon at
+the end. Columns are compared by name, in lower case and without blanks, as WikiSQL finds them. A value is compared as a
+text, in lower case: 7 and 7.0 differ. The name of the table is not compared; there is one. A text that cannot be read
+so is wrong.
 """
 
 import re
@@ -17,12 +18,12 @@ from dataclasses import dataclass
 from ...errors import AdapterError
 from .base import Metric, Predictions, References, on_one_line
 
-_QUERY = re.compile(r"SELECT (?P<selected>.+?) FROM \S+( WHERE (?P<where>.+))?", re.IGNORECASE)
+# WikiSQL has tables with nameless columns, and conditions on empty values.
+_QUERY = re.compile(r"SELECT (?:(?P<selected>.+?) )?FROM \S+( (?P<word>WHERE) (?P<where>.+))?", re.IGNORECASE)
 _AGGREGATE = re.compile(
     r"(?P<name>MAX|MIN|COUNT|SUM|AVG)(?: ?\( ?(?P<bracketed>.+?) ?\)| (?P<plain>.+))", re.IGNORECASE
 )
-_AND = re.compile(r" AND ", re.IGNORECASE)
-_CONDITION = re.compile(r"(?P<column>.+?) ?(?P<sign>[=<>]) ?(?P<value>.+)")
+_CONDITION = re.compile(r"(?P<column>.*?) ?(?P<sign>[=<>]) ?(?P<value>.*)")
 _SIGNS = re.compile(r"[=<>]")
 
 
@@ -40,10 +41,10 @@ def logical_form(text: str) -> LogicalForm | None:
     found = _QUERY.fullmatch(on_one_line(text).rstrip("; "))
     if found is None:
         return None
-    aggregate, selected = "", found["selected"]
+    aggregate, selected = "", found["selected"] or ""
     if of := _AGGREGATE.fullmatch(selected):
         aggregate, selected = of["name"].upper(), of["bracketed"] or of["plain"]
-    conditions = [_CONDITION.fullmatch(part) for part in _parts(found["where"] or "")]
+    conditions = [_CONDITION.fullmatch(part) for part in _parts(found["where"] or "", found["word"] or "")]
     if not all(conditions):
         return None
     read = (condition.group("column", "sign", "value") for condition in conditions if condition)
@@ -52,11 +53,15 @@ def logical_form(text: str) -> LogicalForm | None:
     )
 
 
-def _parts(where: str) -> list[str]:
-    """Return the conditions of a WHERE; an AND before which or after which no sign stands is part of a value."""
+def _parts(where: str, word: str) -> list[str]:
+    """Return the conditions after a WHERE.
+
+    After one in capitals AND has capitals too, and `rock and roll` is a value. Else an `and` with no sign of its own
+    after it is taken for a part of the value, or of the first column.
+    """
     parts: list[str] = []
-    for piece in _AND.split(where) if where else []:
-        if parts and not _SIGNS.search(piece):
+    for piece in re.split(" AND ", where, flags=0 if word.isupper() else re.IGNORECASE) if where else []:
+        if parts and not (_SIGNS.search(piece) and _SIGNS.search(parts[-1])):
             parts[-1] += f" and {piece}"
         else:
             parts.append(piece)
