@@ -1,6 +1,6 @@
 """Scores of what a language model writes: an answer for each prompt of the data, against all that the data answers."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,11 @@ class Output:
     text: str
 
 
-def questions(task: CausalLM, records: Iterable[Mapping[str, Any]]) -> list[Question]:
+def questions(task: CausalLM, records: Iterable[Any]) -> list[Question]:
     """Return the different prompts of records, in their order, each with the answers of all records that have it.
 
-    So do data sets such as E2E, WebNLG and DART give several references. Raises AdapterError for records that have no
-    prompt or no answer, and where there is no record.
+    So do data sets such as E2E, WebNLG and DART give several references. records: mappings, or a `datasets.Dataset`.
+    Raises AdapterError for records that have no prompt or no answer, and where there is no record.
     """
     if hasattr(records, "column_names"):  # a `datasets.Dataset`: all that is missing, at once
         columns_of(records, task.columns())
@@ -65,7 +65,7 @@ def score(outputs: Sequence[Output], metrics: str | Iterable[str]) -> dict[str, 
 def generate_and_score(
     model: Any,
     task: CausalLM,
-    records: Iterable[Mapping[str, Any]],
+    records: Iterable[Any],
     decoding: Decoding,
     metrics: str | Iterable[str],
     *,
