@@ -36,7 +36,8 @@ def data(tmp_path: Path) -> Path:
 
 def written(base: Path, adapter: Path | None, **options: Any) -> list[str]:
     """Return what model.generate adds to each meaning alone."""
-    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
     if adapter is not None:
         lorank.load(model, adapter)
     made = []
