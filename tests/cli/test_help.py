@@ -17,13 +17,14 @@ from .. import checkpoints
 from .running import run
 
 COMMANDS = [
-    *("train", "eval", "generate", "merge", "inspect", "plan"),
+    *("train", "eval", "score", "generate", "merge", "inspect", "plan"),
     *("combine", "resize", "scale", "extract", "diff", "push", "pull"),
 ]
 # What words of a command line come out of its help as they are; rich would take some brackets for markup.
 EXAMPLES = {
     "train": ["lorank train recipe.yaml --dry-run"],
     "eval": ["lorank eval --adapter runs/sst2 --data dev.tsv"],
+    "score": ["lorank score e2e.jsonl --metrics e2e"],
     "generate": ["lorank generate --adapter runs/e2e --prompt 'name[The Eagle], food[French]'"],
     "merge": ["lorank merge --adapter runs/e2e --out merged"],
     "inspect": ["lorank inspect adapters/sst2 --all --json"],

@@ -18,6 +18,7 @@ from .pull import pull
 from .push import push
 from .resize import resize
 from .scale import scale
+from .score import score
 from .train import train
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command("demo")(demo)
 app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("score")(score)
 app.command("merge")(merge)
 app.command("inspect")(inspect)
 app.command("plan")(plan)

@@ -146,7 +146,7 @@ class Answering:
     """
 
     def __init__(
-        self, loaded: Loaded, *, with_base: bool, raw: bool, chat: bool, system: str | None, decoding: Mapping[str, Any]
+        self, loaded: Loaded, *, with_base: bool, raw: bool, chat: bool, system: str | None, decoding: Decoding
     ):
         if (raw or chat or system) and loaded.about["task"] != "causal-lm":
             raise UsageError("--raw, --chat and --system are for language models; this is a " + loaded.about["task"])
@@ -163,7 +163,7 @@ class Answering:
                 self.answerers[name] = _Predictor(loaded, about)
             else:
                 rendering = _rendering(loaded, about, raw, chat, system)
-                self.answerers[name] = _Writer(loaded, rendering, Decoding(**decoding))
+                self.answerers[name] = _Writer(loaded, rendering, decoding)
 
     @property
     def names(self) -> list[str | None]:
@@ -211,6 +211,14 @@ class Answering:
 
     def _switch(self, name: str | None) -> None:
         activate(self.loaded.model, *([name] if name else []))
+
+
+def decoding_of(chosen: Mapping[str, Any]) -> Decoding:
+    """Return the decoding that options choose, {name: value}, where None leaves the default."""
+    try:
+        return Decoding(**{name: value for name, value in chosen.items() if value is not None})
+    except AdapterError as error:
+        raise UsageError(str(error)) from None
 
 
 def _text(prompt: str) -> str:

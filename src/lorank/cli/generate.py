@@ -11,7 +11,24 @@ import typer
 
 from ..errors import AdapterError
 from .console import UsageError, err, out, say
-from .options import Adapters, Device, Dtype, Json, Model, OtherBase, WithBase
+from .options import (
+    Adapters,
+    Beams,
+    Device,
+    Dtype,
+    Json,
+    LengthPenalty,
+    MaxNewTokens,
+    MinNewTokens,
+    Model,
+    NoRepeat,
+    OtherBase,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopP,
+    WithBase,
+)
 
 
 def generate(
@@ -37,16 +54,16 @@ def generate(
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="put prompts into the chat template")] = False,
     system: Annotated[str | None, typer.Option(help="system message for --chat", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token; above, tokens are drawn")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="draw from the likeliest tokens of this probability")
-    ] = 1.0,
-    beams: Annotated[int, typer.Option(min=1, help="width of a beam search")] = 1,
+    max_new_tokens: MaxNewTokens = None,
+    min_new_tokens: MinNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    beams: Beams = None,
+    length_penalty: LengthPenalty = None,
+    no_repeat_ngram: NoRepeat = None,
+    repetition_penalty: RepetitionPenalty = None,
     batch_size: Annotated[int, typer.Option(min=1, help="prompts of a file at once")] = 8,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="for drawing tokens")] = 0,
+    seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     allow_other_base: OtherBase = False,
@@ -62,12 +79,13 @@ def generate(
       lorank generate --adapter runs/e2e --prompt 'name[The Eagle], food[French]'
       lorank generate --adapter runs/one --adapter runs/two --base -p 'Tell me a joke.'
       lorank generate --adapter runs/sst2 --file reviews.jsonl --out labels.jsonl
+      lorank generate --adapter runs/e2e --file test.csv --out e2e.jsonl --beams 10 --length-penalty 0.9
       lorank generate --model HuggingFaceTB/SmolLM2-135M-Instruct --chat
     """
     import torch
 
     from ..runs.loading import load_adapted
-    from .answering import Answering
+    from .answering import Answering, decoding_of
 
     if prompt and file:
         raise UsageError("give --prompt or --file, not both")
@@ -79,17 +97,14 @@ def generate(
         raise UsageError("which model? Give an --adapter, or a --model")
     if file and not Path(file).is_file() and Path(file).suffix == ".txt":
         raise AdapterError(f"there is no file {file}")
+    chosen = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "temperature": temperature}
+    chosen |= {"top_p": top_p, "beams": beams, "length_penalty": length_penalty}
+    chosen |= {"no_repeat_ngram_size": no_repeat_ngram, "repetition_penalty": repetition_penalty}
+    decoding = decoding_of(chosen)
     with err.status("loading the model ..."):
         loaded = load_adapted(model, adapter or [], dtype=dtype, device=device, allow_other_base=allow_other_base)
-    torch.manual_seed(seed)
-    answering = Answering(
-        loaded,
-        with_base=base,
-        raw=raw,
-        chat=chat,
-        system=system,
-        decoding={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "beams": beams},
-    )
+    torch.manual_seed(seed or 0)
+    answering = Answering(loaded, with_base=base, raw=raw, chat=chat, system=system, decoding=decoding)
     if file:
         _from_file(answering, file, save, limit, batch_size)
         return

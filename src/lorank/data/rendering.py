@@ -71,6 +71,10 @@ class Rendering(ABC):
         """Return the text after which the model is to go on."""
 
     @abstractmethod
+    def reference(self, record: Mapping[str, Any]) -> str:
+        """Return the text that the record has after the prompt; raises AdapterError where there is none."""
+
+    @abstractmethod
     def about(self) -> dict[str, Any]:
         """Return what `rendering_of` makes the same rendering from."""
 
@@ -89,6 +93,9 @@ class PlainText(Rendering):
 
     def prompt(self, record: Mapping[str, Any]) -> str:
         return self.text.of(record)
+
+    def reference(self, record: Mapping[str, Any]) -> str:
+        raise AdapterError("a text without a prompt holds no answer to compare with: give prompt and completion")
 
     def about(self) -> dict[str, Any]:
         return {"text": self.text.form}
@@ -109,6 +116,9 @@ class Completion(Rendering):
 
     def prompt(self, record: Mapping[str, Any]) -> str:
         return self.before.of(record)
+
+    def reference(self, record: Mapping[str, Any]) -> str:
+        return self.after.of(record)
 
     def about(self) -> dict[str, Any]:
         return {"prompt": self.before.form, "completion": self.after.form}
@@ -158,6 +168,12 @@ class _Templated(Rendering):
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         return self._render(messages, record, add_generation_prompt=True)
+
+    def reference(self, record: Mapping[str, Any]) -> str:
+        last = self.messages(record)[-1]
+        if last["role"] != "assistant" or not isinstance(last["content"], str):
+            raise AdapterError("a conversation that does not end with a text of the assistant has none to compare with")
+        return last["content"]
 
     def _render(self, messages: list[dict[str, Any]], record: Mapping[str, Any], **options: Any) -> str:
         import jinja2

@@ -2,5 +2,17 @@
 
 from .generation import Decoding, complete, stream
 from .scores import classification_scores, regression_scores
+from .text import METRICS, PRESETS, chosen_metrics, require_metrics, text_scores
 
-__all__ = ["Decoding", "classification_scores", "complete", "regression_scores", "stream"]
+__all__ = [
+    "METRICS",
+    "PRESETS",
+    "Decoding",
+    "chosen_metrics",
+    "classification_scores",
+    "complete",
+    "regression_scores",
+    "require_metrics",
+    "stream",
+    "text_scores",
+]
