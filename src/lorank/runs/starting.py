@@ -10,7 +10,7 @@ from ..calibrating import calibrated_leaves
 from ..errors import AdapterError, enumerate_names, raise_problems
 from ..formats import read
 from ..formats.fitting import fit
-from ..names import lies_in
+from ..names import label_of, lies_in
 from ..planning import Plan
 from ..surgery import adapter_parameters, remove
 from ..tree import entries
@@ -49,7 +49,7 @@ def start_from(source: str, model: nn.Module, plan: Plan, about: Mapping[str, An
         wanted = {name: value for name, value in own.items() if not any(lies_in(name, [copy]) for copy in anew)}
         raise_problems(
             f"cannot start from {source}",
-            _differences(given, wanted) + _other_scales(model, plan.adapter, given.keys() & wanted.keys()),
+            _differences(given, wanted) + _other_scales(model, plan.adapter),
         )
         with torch.no_grad():
             for name, parameter in wanted.items():
@@ -84,19 +84,21 @@ def _differences(given: Mapping[str, nn.Parameter], wanted: Mapping[str, nn.Para
     return problems + shapes[:3] + ([f"{len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
 
 
-def _other_scales(model: nn.Module, adapter: str, names: Any) -> list[str]:
+def _other_scales(model: nn.Module, adapter: str) -> list[str]:
     """Return a problem where the scale of an update is another: its factors would make another update then."""
-    scales = [_scales(model, name) for name in (_SOURCE, adapter)]
-    for layer, before in scales[0].items():
-        now = scales[1].get(layer)
-        if now is not None and now != before and any(name.startswith(f"{layer}.") for name in names):
-            return [f"its scale (alpha / rank) is {before:g} on {layer}, and this recipe's {now:g}: give the same alpha"]
-    return []
+    before, now = _scales(model, _SOURCE), _scales(model, adapter)
+    other = [place for place in before.keys() & now.keys() if before[place] != now[place]]
+    if not other:
+        return []
+    first = min(other)
+    return [f"its scale is {before[first]:g} on {first} and this recipe's {now[first]:g}: give the same alpha and rank"]
 
 
 def _scales(model: nn.Module, adapter: str) -> dict[str, float]:
+    """Return the scale of each update by its place."""
     found = {}
     for layer, (_, entry) in entries(model, adapter).items():
-        leaves = entry.leaves() if isinstance(entry, Adapter) else ()
-        found |= {layer: leaf.spec.scale for leaf in leaves if isinstance(leaf, Update) and hasattr(leaf.spec, "scale")}
+        for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
+            if isinstance(leaf, Update):
+                found[label_of(layer, leaf.part)] = leaf.spec.scale
     return found
