@@ -74,9 +74,10 @@ def task_of(name: str, common: Mapping[str, Any], row: Mapping[str, Any], proble
 
     common: what all rows with this task share. row: the keys of the row's file.
     """
-    theirs = row.get("repository") or {}
-    own = row["tasks"][name] or {}
-    in_code = [common.get("repository") or {}, theirs.get("base") or {}, (theirs.get("tasks") or {}).get(name) or {}]
+    theirs: Mapping[str, Any] = row.get("repository") or {}
+    own: Mapping[str, Any] = row["tasks"][name] or {}
+    of_task: Mapping[str, Any] = (theirs.get("tasks") or {}).get(name) or {}
+    in_code: list[Mapping[str, Any]] = [common.get("repository") or {}, theirs.get("base") or {}, of_task]
     stated = _merged({key: value for key, value in common.items() if key != "repository"}, row["base"], own)
     differs = _merged(*in_code)
     known = (*_OWN, *Recipe.names())
