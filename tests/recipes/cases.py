@@ -61,6 +61,8 @@ RECORDS: dict[str, Any] = {
     },
     "mnli": {"premise": "The dog sleeps.", "hypothesis": "The dog is awake.", "label": "contradiction"},
 }
+# What is otherwise in a second record: one of a category that WebNLG's training data has not.
+OTHER = {"webnlg": {"category": "Artist", "modifiedtripleset": [{**TRIPLES[0], "subject": "Aarhus_Airport"}]}}
 
 
 @cache
@@ -72,7 +74,9 @@ def records(folder: Path, name: str, keys: dict[str, Any], labels: int) -> Path:
     """Write a few records for a task, with the columns that its recipe names."""
     path = folder / f"{name}.jsonl"
     if reader := keys.get("reader"):
-        made = [RECORDS[reader]] * 6
+        record = RECORDS[reader]
+        other = {**record, **OTHER.get(reader, {})}
+        made = [record, other] * 3
     else:
         columns = [keys["text"], *([keys["text_pair"]] if "text_pair" in keys else [])]
         words = ["a good film", "a bad film", "the lazy dog", "two and two"]
@@ -107,7 +111,7 @@ def bases(folder: Path) -> dict[str, Path]:
         n_embd=32,
         n_layer=2,
         n_head=4,
-        n_positions=128,
+        n_positions=256,
         eos_token_id=letters.eos_token_id,
         bos_token_id=letters.eos_token_id,
         pad_token_id=letters.pad_token_id,

@@ -31,6 +31,17 @@ def lines(table: int) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in printed.TABLES[table].strip().splitlines()}
 
 
+_COUNTED: dict[str, int] = {}
+
+
+def counted(recipe: Recipe, labels: int) -> int:
+    """Return what a recipe trains; those that train the same are counted once."""
+    key = repr((recipe.model, recipe.task, recipe.method, recipe.method_options, recipe.targets, recipe.rank, labels))
+    if key not in _COUNTED:
+        _COUNTED[key] = trainable_parameters(recipe, labels)
+    return _COUNTED[key]
+
+
 def every_file(function: Any) -> Any:
     return pytest.mark.parametrize("path", cases.FILES, ids=cases.NAMES)(function)
 
@@ -118,7 +129,7 @@ def test_parameters_are_as_many_as_counted(path: Path) -> None:
     for task in chosen:
         for hyperparameters in HYPERPARAMETERS if task.repository else (PAPER,):
             said = task.counted.get(hyperparameters, task.counted[PAPER])
-            assert trainable_parameters(row.recipe(task, hyperparameters), task.labels) == said
+            assert counted(row.recipe(task, hyperparameters), task.labels) == said
 
 
 def test_a_whole_model_is_counted_without_its_head() -> None:

@@ -130,7 +130,7 @@ def _report(row: Any, jobs: Any, wanted: Any, as_json: bool) -> None:
             found = score(job, lambda done, of, bar=bar: progress.update(bar, completed=done, total=of))
             scores.setdefault(job.task.name, []).append(found)
             progress.remove_task(bar)
-    lines = lines_of(row, list(dict.fromkeys(job.task for job in jobs)), scores)
+    lines = lines_of(row, [row.tasks[name] for name in scores], scores)
     folder = output_of(row, wanted)
     facts = write_results(row, jobs, wanted.hyperparameters, lines, folder)
 

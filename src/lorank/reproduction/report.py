@@ -73,6 +73,7 @@ def lines_of(row: Row, tasks: Sequence[Task], scores: Mapping[str, Sequence[Mapp
         Line(task.name, metric, published, tuple(seed[metric] for seed in scores[task.name]), row.report)
         for task in tasks
         for metric, published in task.published.items()
+        if all(metric in seed for seed in scores[task.name])  # data of one's own may lack a group
     ]
     if row.average is not None and {task.name for task in tasks} == row.tasks.keys():
         average = Published.of(row.average)
