@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from lorank.cli import app
@@ -172,17 +173,29 @@ def test_an_average_needs_all_tasks() -> None:
     assert len(lines_of(row, [row.tasks["rte"]], scores)) == 1
 
 
-@pytest.mark.parametrize("name", ["table-14/gpt2-medium-lora", "table-4/gpt3-lora-4.7m"])
-def test_texts_are_written_and_scored(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+@pytest.fixture
+def webnlg(tmp_path: Path) -> Path:
+    """Return the row of LoRA on WebNLG without the score that starts Java."""
+    data = yaml.safe_load((PAPER / "data" / "nlg.yaml").read_text())
+    row = yaml.safe_load((PAPER / "table-14" / "gpt2-medium-lora.yaml").read_text())
+    data["webnlg"]["metrics"].remove("meteor-webnlg")
+    del row["tasks"]["webnlg"]["published"]["meteor-webnlg"]
+    (tmp_path / "nlg.yaml").write_text(yaml.safe_dump(data))
+    (tmp_path / "row.yaml").write_text(yaml.safe_dump({**row, "data": "nlg.yaml"}, sort_keys=False))
+    return tmp_path / "row.yaml"
+
+
+def test_texts_are_written_and_scored_by_group(webnlg: Path, bases: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("lorank.evaluation.text", reason="lorank scores no texts yet")
-    row = PAPER / f"{name}.yaml"
-    task = next(iter(cases.row(row).tasks))
-    found = run_json(*small(row, task, bases, tmp_path, "--seeds", 1))
-    folder = tmp_path / "out" / task / "seed-0"
-    lines = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
-    assert len(lines) == (2 if "14" in name else 1) and sum(len(line["references"]) for line in lines) == 6
-    assert all(line["prompt"] and "<|end" not in line["output"] for line in lines)
-    assert {one["metric"] for one in found["results"]} == cases.row(row).tasks[task].published.keys()
-    before = (folder / "outputs.jsonl").stat().st_mtime_ns
-    assert run_json(*small(row, task, bases, tmp_path, "--seeds", 1))["results"] == found["results"]
-    assert (folder / "outputs.jsonl").stat().st_mtime_ns == before
+    command = small(webnlg, "webnlg", bases, tmp_path, "--seeds", 1)
+    found = run_json(*command)
+    path = tmp_path / "out" / "webnlg" / "seed-0" / "outputs.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["group"] for line in lines] == ["seen", "unseen"]
+    assert lines[0]["prompt"] == "Aarhus : leaderName : Jacob_Bundsgaard<|endoftext|>"
+    assert [line["references"] for line in lines] == [["The leader of Aarhus is Jacob Bundsgaard."] * 3] * 2
+    groups = [f"{metric}-webnlg {group}" for metric in ("bleu", "ter") for group in ("unseen", "seen", "all")]
+    assert [one["metric"] for one in found["results"]] == groups
+    before = path.stat().st_mtime_ns
+    assert run_json(*command)["results"] == found["results"]
+    assert path.stat().st_mtime_ns == before

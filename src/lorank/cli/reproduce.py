@@ -67,6 +67,7 @@ def reproduce(
     """
     from ..reproduction.jobs import Wanted, jobs_of, output_of, remember, require_trainable
     from ..reproduction.row import Row
+    from ..reproduction.scoring import require_scorers
     from ..reproduction.task import HYPERPARAMETERS
     from ..runs.recipe import parse_overrides
 
@@ -92,6 +93,7 @@ def reproduce(
         _dry_run(chosen, jobs, wanted, as_json)
         return
     require_trainable(chosen, wanted, jobs)
+    require_scorers(jobs)
     remember(jobs, output_of(chosen, wanted))
     for number, job in enumerate(jobs, start=1):
         say(f"{job.name} ({number} of {len(jobs)}): {job.folder}", "bold")

@@ -1,7 +1,8 @@
 """The scores of a finished job, on the scale on which the paper prints them."""
 
+import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..data import open_source, rendering_of
@@ -44,6 +45,23 @@ def printed(metric: str, value: float) -> float:
     return value if metric in _AS_THEY_ARE else 100 * value
 
 
+def require_scorers(jobs: Iterable[Job]) -> None:
+    """Raise AdapterError unless the texts of jobs could be written and scored once these are trained."""
+    for task, test in {job.task.name: (job.task, job.test) for job in jobs}.values():
+        if test is None:
+            continue
+        try:
+            Decoding(**test.decoding)
+        except TypeError as error:
+            raise AdapterError(f"{task.name}: test: decoding: {error}") from None
+        _text().require_metrics(list(task.metrics))
+
+
+def _text() -> Any:
+    """Return the module that scores texts, which some rows need."""
+    return importlib.import_module("...evaluation.text", __name__)
+
+
 def _score_texts(job: Job, test: Test, progress: Progress | None) -> dict[str, float]:
     """Write a text for every prompt of the test data, and score them against all texts that it has there."""
     asked = _asked(job, test)
@@ -59,20 +77,10 @@ def _score_texts(job: Job, test: Test, progress: Progress | None) -> dict[str, f
     found: dict[str, float] = {}
     for group in [*groups, "all"] if test.groups else [""]:
         chosen = [line for line in lines if group in ("", "all", line["group"])]
-        scores = scores_of_texts(
-            [line["output"] for line in chosen], [line["references"] for line in chosen], job.task.metrics
-        )
+        outputs, references = ([line[key] for line in chosen] for key in ("output", "references"))
+        scores = _text().text_scores(outputs, references, list(job.task.metrics))
         found |= {f"{metric} {group}".strip(): printed(metric, value) for metric, value in scores.items()}
     return found
-
-
-def scores_of_texts(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
-) -> dict[str, float]:
-    """Return scores of texts by name, as shares."""
-    from ..evaluation.text import text_scores  # pyright: ignore[reportMissingImports]
-
-    return text_scores(outputs, references, list(metrics))
 
 
 def _asked(job: Job, test: Test) -> dict[str, dict[str, Any]]:
