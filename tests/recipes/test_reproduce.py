@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from lorank.cli import app
 from lorank.reproduction.jobs import Job, Wanted, begin, jobs_of, remember
 from lorank.reproduction.report import Line, lines_of
 from lorank.reproduction.row import Row
@@ -141,11 +139,6 @@ def test_a_dry_run_shows_recipes_and_writes_nothing(tmp_path: Path, monkeypatch:
         assert f"rank: {rank}\n" in shown and f"{count:,} parameters" in shown and "94.9 ± .4" in shown
         assert "# unstated: init: " in shown and "nothing was trained or written" in shown
     assert not list(tmp_path.iterdir())
-
-
-def test_help_has_examples() -> None:
-    found = CliRunner().invoke(app, ["reproduce", "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
-    assert "lorank reproduce recipes/paper/table-2/roberta-base-lora.yaml" in found.stdout.partition("Examples:")[2]
 
 
 def test_scores_are_on_the_scale_of_the_paper() -> None:

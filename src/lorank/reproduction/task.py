@@ -74,11 +74,11 @@ def task_of(name: str, common: Mapping[str, Any], row: Mapping[str, Any], proble
 
     common: what all rows with this task share. row: the keys of the row's file.
     """
-    theirs: Mapping[str, Any] = row.get("repository") or {}
-    own: Mapping[str, Any] = row["tasks"][name] or {}
-    of_task: Mapping[str, Any] = (theirs.get("tasks") or {}).get(name) or {}
-    in_code: list[Mapping[str, Any]] = [common.get("repository") or {}, theirs.get("base") or {}, of_task]
-    stated = _merged({key: value for key, value in common.items() if key != "repository"}, row["base"], own)
+    theirs = _keys(row, "repository")
+    in_code = [_keys(common, "repository"), _keys(theirs, "base"), _keys(_keys(theirs, "tasks"), name)]
+    stated = _merged(
+        {key: value for key, value in common.items() if key != "repository"}, row["base"], _keys(row["tasks"], name)
+    )
     differs = _merged(*in_code)
     known = (*_OWN, *Recipe.names())
     unknown = [key for key in {**stated, **differs} if key not in known]
@@ -101,6 +101,11 @@ def task_of(name: str, common: Mapping[str, Any], row: Mapping[str, Any], proble
     )
     problems += [f"{name}: {problem}" for problem in dict.fromkeys(found)]
     return made
+
+
+def _keys(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the mapping of that name; an empty one where there is none."""
+    return values.get(name) or {}
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

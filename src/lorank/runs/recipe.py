@@ -206,7 +206,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     yaml = require("yaml", "reading a recipe")
     if not path.is_file():
         near = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise AdapterError(f"there is no file {path}; {did_you_mean(path.name, near)}")
+        raise AdapterError(f"there is no recipe {path}; {did_you_mean(path.name, near)}")
     try:
         text = path.read_text(encoding="utf-8")
         keys, written = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
