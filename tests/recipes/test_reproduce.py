@@ -46,6 +46,12 @@ def test_a_row_is_trained_scored_and_put_beside_the_published(bases: dict[str, P
     table = (out / "results.md").read_text()
     assert re.search(r"\| mnli \| accuracy \| 87\.5 ± \.3 \| \d+\.\d ± \d+\.\d \| [+-]\d+\.\d \| 2 \|", table)
     assert "unstated in the paper: weight_decay" in table
+    changed = found["changed"]["mnli"]
+    assert changed.keys() == {"model", "data", "eval_data", "steps", "warmup", "batch_size", "max_length", "device"} | {
+        "eval_epochs",
+        "eval_every",
+    }
+    assert "mnli: other than in the row: model " in table and "steps 2, batch_size 4" in table
 
     before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*") if path.is_file()}
     shown = run(*command)  # again: nothing is trained twice

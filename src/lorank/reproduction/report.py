@@ -95,6 +95,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write results.json and results.md into the folder of the runs, and return what stands in the former."""
     recipe = jobs[0].recipe
+    changed = {job.task.name: changes_of(row, job, hyperparameters) for job in jobs}
     facts: dict[str, Any] = {
         "row": row.name,
         "table": row.table,
@@ -104,6 +105,7 @@ def write_results(
         "model": recipe.model,
         "lorank": __version__,
         "parameters": {"published": row.parameters},
+        "changed": changed,
         "runs": [str(job.folder) for job in jobs],
         "results": [line.to_json() for line in lines],
         "unstated": row.unstated,
@@ -112,12 +114,25 @@ def write_results(
     about = [
         f"base {recipe.model}, hyperparameters: {hyperparameters}, lorank {__version__}",
         f"± behind ours: standard deviation over seeds; {row.report} of {len({job.seed for job in jobs})} seeds",
+        *(f"{task}: other than in the row: {_listed(keys)}" for task, keys in changed.items() if keys),
         *(f"unstated in the paper: {key}: {remark}" for key, remark in row.unstated.items()),
         *row.notes,
     ]
     texts = {RESULTS: json.dumps(facts, indent=2, ensure_ascii=False) + "\n", TABLE: markdown(row, lines, about)}
     write_atomically({folder / name: text.encode() for name, text in texts.items()})
     return facts
+
+
+def changes_of(row: Row, job: Job, hyperparameters: str) -> dict[str, Any]:
+    """Return the keys of a job's recipe that were given on the command line and are not the row's."""
+    given, own = asdict(job.recipe), asdict(row.recipe(job.task, hyperparameters))
+    found = {key: value for key, value in given.items() if key not in ("seed", "output") and value != own[key]}
+    test = job.task.test[hyperparameters]
+    return found | ({"test data": job.test.data} if job.test is not None and job.test != test else {})
+
+
+def _listed(keys: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in keys.items())
 
 
 def plan_of(row: Row, job: Job, hyperparameters: str) -> dict[str, Any]:
