@@ -111,7 +111,7 @@ def bases(folder: Path) -> dict[str, Path]:
         n_embd=32,
         n_layer=2,
         n_head=4,
-        n_positions=256,
+        n_positions=512,
         eos_token_id=letters.eos_token_id,
         bos_token_id=letters.eos_token_id,
         pad_token_id=letters.pad_token_id,

@@ -100,8 +100,10 @@ def _asked(job: Job, test: Test) -> dict[str, dict[str, Any]]:
 def _written(job: Job, test: Test, prompts: Sequence[str], progress: Progress | None) -> list[str]:
     """Return what the job's model writes for each prompt."""
     trained = job.recipe
-    loaded = load_adapted(trained.model, [f"it={job.folder}"], dtype=trained.dtype, device=trained.device)
-    activate(loaded.model, "it")
+    whole = trained.method == "full"  # there is no adapter: the run has a model of its own
+    base, adapters = (str(job.folder), []) if whole else (trained.model, [f"it={job.folder}"])
+    loaded = load_adapted(base, adapters, dtype=trained.dtype, device=trained.device)
+    activate(loaded.model, *([] if whole else ["it"]))
     decoding = Decoding(**test.decoding)
     texts = [""] * len(prompts)
     with evaluating(loaded.model):
