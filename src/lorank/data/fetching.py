@@ -10,6 +10,7 @@ from uuid import uuid4
 from ..errors import AdapterError
 
 _SECONDS = 60  # without a byte from the other side
+_NETWORK = ("huggingface_hub", "hf_xet", "httpx", "httpx2")  # whose errors have no base class in common
 
 
 def fetched(datasets: Any, address: str) -> Path:
@@ -25,7 +26,10 @@ def fetched(datasets: Any, address: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             _fetch(address, kept)
         return kept
-    except (OSError, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+    except Exception as error:
+        known = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+        if not known and type(error).__module__.partition(".")[0] not in _NETWORK:
+            raise
         reason = getattr(error, "reason", None) or error or type(error).__name__
         raise AdapterError(f"{address} could not be fetched: {reason}") from None
 

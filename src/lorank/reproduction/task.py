@@ -114,8 +114,9 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         for key, value in layer.items():
             before = found.get(key)
-            deep = key in ("test", "decoding") and isinstance(value, Mapping) and isinstance(before, Mapping)
-            found[key] = _merged(before, value) if deep else value
+            if key in ("test", "decoding") and isinstance(value, Mapping) and isinstance(before, Mapping):
+                value = _merged(before, value)
+            found[key] = value
     return found
 
 
