@@ -118,7 +118,7 @@ def _dart(record: Record) -> Iterator[Pair]:
 
 
 def _samsum(record: Record) -> Iterator[Pair]:
-    """A conversation, an utterance a line, with an empty line behind it; and its summary. An empty one makes no pair."""
+    """A conversation, an utterance a line, with an empty line behind it; and its summary. None of an empty one."""
     if record["dialogue"] in (None, ""):
         return
     utterances = record["dialogue"].replace("\r\n", "\n").strip()
