@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluation", "streaming", "models"},
     {"tasks", "arithmetic"},
     {"runs", "demo"},
-    {"adapter_files"},
+    {"adapter_files", "reproduction"},
     {"card"},
     {"hub"},
     {"cli"},

@@ -27,7 +27,7 @@ from .hub_server import Hub, connected
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (  # each page goes on from the one before
-    *("train", "eval", "score", "generate", "merge", "inspect", "plan", "demo"),
+    *("train", "reproduce", "eval", "score", "generate", "merge", "inspect", "plan", "demo"),
     *("convert", "combine", "resize", "scale", "diff", "extract", "push", "pull"),
 )
 CHAPTERS = [
@@ -59,7 +59,8 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[di
 
 
 def write_files(folder: Path) -> None:
-    """Write what the pages of the command line start from: models in `base` and `encoder`, and data."""
+    """Write what the pages of the command line start from: models in `base` and `encoder`, data, and the recipes."""
+    (folder / "recipes").symlink_to(ROOT / "recipes")
     checkpoints.causal(folder / "base")
     checkpoints.encoder(folder / "encoder")
     for name, count in (("questions", 60), ("held_out", 12)):

@@ -1,7 +1,7 @@
 """Bases from the hub, a folder or a GGUF file, through transformers."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .data import padding_id
-from .errors import AdapterError, enumerate_names
+from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
 from .extras import require
 
 _CLASSES = {
@@ -37,12 +37,14 @@ def load_base(
     device: str | torch.device = "cpu",
     labels: Sequence[str] | None = None,
     tokenizer: Any = None,
+    changed: Mapping[str, Any] | None = None,
 ) -> Base:
     """Return a base for a task, in eval mode.
 
     name: a hub id, a folder, or a GGUF file, whose weights are dequantised.
     task: "causal-lm", "classification" or "regression".
     labels: the names of a classifier's outputs; None leaves them as the checkpoint has them.
+    changed: values in its configuration, such as rates of dropout.
 
     Raises AdapterError when there is no such model, and when a language model's weights are not all in it.
     """
@@ -63,6 +65,8 @@ def load_base(
     source, gguf = _location(name)
     if gguf:
         options |= {"gguf_file": gguf, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    if changed:
+        options = _configured(name, changed, options)
     cls = getattr(transformers, _CLASSES[task])
     with _reading(name), quiet(bars=not Path(source).is_dir()):
         model, info = cls.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True, **options)
@@ -75,6 +79,22 @@ def load_base(
     if padding is not None:
         model.config.get_text_config().pad_token_id = padding
     return Base(model.to(device).eval(), tokenizer, _modules_with(model, fresh))
+
+
+# Values that a model reads from its configuration where they are there, and that its class of it does not name.
+_UNNAMED = ("cls_dropout",)
+
+
+def _configured(name: str, changed: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of from_pretrained with a configuration in which some values are changed."""
+    config = _configuration(name)
+    unknown = [key for key in changed if not hasattr(config, key) and key not in _UNNAMED]
+    hints = [f"there is no '{key}'; {did_you_mean(key, [*config.to_dict(), *_UNNAMED])}" for key in unknown]
+    raise_problems(f"cannot change the configuration of {name}", hints)
+    own = {key: value for key, value in options.items() if key not in ("gguf_file", "ignore_mismatched_sizes")}
+    for key, value in {**own, **changed}.items():
+        setattr(config, key, value)
+    return {key: value for key, value in options.items() if key not in own} | {"config": config}
 
 
 def padding_of_classifier(config: Any, tokenizer: Any) -> int | None:

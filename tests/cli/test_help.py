@@ -17,12 +17,15 @@ from .. import checkpoints
 from .running import run
 
 COMMANDS = [
-    *("train", "eval", "score", "generate", "merge", "inspect", "plan"),
+    *("train", "reproduce", "eval", "score", "generate", "merge", "inspect", "plan"),
     *("combine", "resize", "scale", "extract", "diff", "push", "pull"),
 ]
 # What words of a command line come out of its help as they are; rich would take some brackets for markup.
 EXAMPLES = {
     "train": ["lorank train recipe.yaml --dry-run"],
+    "reproduce": [
+        "lorank reproduce recipes/paper/table-2/deberta-xxl-lora.yaml --hyperparameters repository --dry-run"
+    ],
     "eval": ["lorank eval --adapter runs/sst2 --data dev.tsv"],
     "score": ["lorank score e2e.jsonl --metrics e2e"],
     "generate": ["lorank generate --adapter runs/e2e --prompt 'name[The Eagle], food[French]'"],

@@ -16,6 +16,7 @@ from .merge import merge
 from .plan import plan
 from .pull import pull
 from .push import push
+from .reproduce import reproduce
 from .resize import resize
 from .scale import scale
 from .score import score
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("train")(train)
+app.command("reproduce")(reproduce)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("score")(score)

@@ -1,4 +1,4 @@
-"""Where records come from: a local JSONL, JSON, CSV, TSV or Parquet file, or a data set on the hub."""
+"""Where records come from: a JSONL, JSON, CSV, TSV or Parquet file, here or at an address, or a data set on the hub."""
 
 import csv
 import itertools
@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import AdapterError, did_you_mean, enumerate_names, raise_problems
 from ..extras import require
+from .fetching import fetched
+from .readers import flattened, known, unpacked
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _READERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
@@ -19,21 +21,28 @@ _LONGEST_FIELD = 2**31 - 1  # characters in a field of a CSV file; the csv modul
 _QUOTED = re.compile(r'(?:^|(?<=\t))"[^"]*(?:""[^"]*)*"(?=\t|\r?$)', re.MULTILINE)
 
 
-def open_source(source: str, split: str = "train", limit: int | None = None) -> Any:
+def open_source(source: str, split: str = "train", limit: int | None = None, reader: str | None = None) -> Any:
     """Return the records of a file or of a hub data set as a `datasets.Dataset`.
+
+    source: a file; the address of one (https://..., or hf://datasets/... on the hub), which is fetched once; or a hub
+        data set, as an id or id:configuration.
+    reader: the name of one of `readers.READERS`, which makes prompts and completions of a published data set.
 
     In CSV and TSV files every value is text as it stands in the file: `NA` is not missing and `007` not 7. In JSON
     files a text stays one, a date too. `limit` takes the first so many records. Raises AdapterError when there is
     nothing to read, and says what there is.
     """
     datasets = require("datasets", "reading data")
+    known(reader) if reader else None
     path = Path(source).expanduser()
     shown = not datasets.are_progress_bars_disabled()
     if shown:
         datasets.disable_progress_bars()
     try:
+        if "://" in source:
+            path = fetched(datasets, source)
         if path.is_file():
-            found = _open_file(datasets, path)
+            found = _open_file(datasets, path, _suffix(source), reader)
         elif path.is_dir():
             found = _open_hub(datasets, str(path), split)  # a folder as the hub has them
         elif path.suffix.lower() in _KNOWN or path.is_absolute() or source.startswith((".", "~")):
@@ -45,6 +54,8 @@ def open_source(source: str, split: str = "train", limit: int | None = None) -> 
     finally:
         if shown:
             datasets.enable_progress_bars()
+    if reader:
+        found = datasets.Dataset.from_list(flattened(found, reader))
     if limit is not None and limit < len(found):
         found = found.select(range(limit))
     if not len(found):
@@ -52,27 +63,36 @@ def open_source(source: str, split: str = "train", limit: int | None = None) -> 
     return found
 
 
-def _open_file(datasets: Any, path: Path) -> Any:
-    if path.suffix.lower() not in _KNOWN:
-        raise AdapterError(f"{path} ends in {path.suffix!r}; known are {', '.join(_KNOWN)}")
+def _suffix(source: str) -> str:
+    """Return the ending of a path or of an address, without what may follow on it there."""
+    return Path(source.partition("?")[0] if "://" in source else source).suffix.lower()
+
+
+def _open_file(datasets: Any, path: Path, suffix: str, reader: str | None = None) -> Any:
+    """Return the records of a file of the kind that `suffix` says; a fetched one has lost its own."""
+    special = None if reader is None else unpacked(path, suffix, reader)
+    if special is not None:
+        return special
+    if suffix not in _KNOWN:
+        raise AdapterError(f"{path} ends in {suffix!r}; known are {', '.join(_KNOWN)}")
     if path.stat().st_size == 0:
         raise AdapterError(f"{path} is empty")
     try:
-        if path.suffix.lower() in _SEPARATORS:
+        if suffix in _SEPARATORS:
             limit = csv.field_size_limit(_LONGEST_FIELD)
             try:
-                columns = _columns(path, _SEPARATORS[path.suffix.lower()])
+                columns = _columns(path, _SEPARATORS[suffix])
             finally:
                 csv.field_size_limit(limit)
             return datasets.Dataset.from_dict(columns)
-        found = datasets.load_dataset(_READERS[path.suffix.lower()], data_files=str(path), split="train")
-        if _READERS[path.suffix.lower()] == "json":
+        found = datasets.load_dataset(_READERS[suffix], data_files=str(path), split="train")
+        if _READERS[suffix] == "json":
             found.data.table.validate(full=True)  # else bytes that are not UTF-8 come to light with the record
             found = _with_dates_as_text(datasets, found, path)
         return found
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError, OSError, csv.Error) as error:
         reason = error.__cause__ or error
-        raise AdapterError(f"{path} is no whole {path.suffix[1:]} file: {reason}") from None
+        raise AdapterError(f"{path} is no whole {suffix[1:]} file: {reason}") from None
 
 
 def _with_dates_as_text(datasets: Any, found: Any, path: Path) -> Any:

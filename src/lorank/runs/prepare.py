@@ -40,6 +40,7 @@ from ..variants import Spec
 from .columns import choose_columns, named_labels
 from .method import methods_of, show_data, targets_of
 from .recipe import Recipe
+from .starting import start_from
 from .subject import ADAPTER, AdapterSubject, Subject, WholeModel
 
 _PROBED = 4096  # numbers of each tensor that tell one base from another
@@ -86,7 +87,7 @@ class Prepared:
 
     def recipe_digest(self) -> str:
         """Return the sha256 of the recipe, but for where things are: they have digests of their own."""
-        moved = dict.fromkeys(("model", "data", "eval_data", "output"), "-")
+        moved = dict.fromkeys(("model", "data", "eval_data", "init_adapter", "output"), "-")
         return hashlib.sha256(dataclasses.replace(self.recipe, **moved).to_yaml().encode()).hexdigest()
 
     def largest_batch(self) -> list[Example]:
@@ -99,9 +100,11 @@ def prepare(recipe: Recipe) -> Prepared:
     remarks: list[str] = []
     device = choose_device(recipe.device)
     tokenizer = load_tokenizer(recipe.model)
-    records = open_source(recipe.data, recipe.split, recipe.limit)
+    records = open_source(recipe.data, recipe.split, recipe.limit, recipe.reader)
     recipe = choose_columns(recipe, records)
-    held = open_source(recipe.eval_data, recipe.eval_split, recipe.eval_limit) if recipe.eval_data else None
+    held = (
+        open_source(recipe.eval_data, recipe.eval_split, recipe.eval_limit, recipe.reader) if recipe.eval_data else None
+    )
     classes = recipe.label if recipe.task == "classification" else None
     records, names = named_labels(records, classes)
     held, _ = named_labels(held, classes, wanted=False)
@@ -116,7 +119,8 @@ def prepare(recipe: Recipe) -> Prepared:
     seed_everything(recipe.seed)
     # An adapter is kept in float32 whatever the base is; a base that is trained itself would round small steps away.
     dtype = choose_dtype("float32" if (recipe.method, recipe.dtype) == ("full", "auto") else recipe.dtype, device)
-    base = load_base(recipe.model, recipe.task, dtype=dtype, labels=names, tokenizer=tokenizer)
+    changed = recipe.model_options
+    base = load_base(recipe.model, recipe.task, dtype=dtype, labels=names, tokenizer=tokenizer, changed=changed)
     plan = adapt_base(recipe, base.model, base.fresh)
     special = special_tokens(base.model) if not plan.whole else None
     task.max_length = allowed_length(recipe.max_length, base.model, tokenizer, special)
@@ -132,12 +136,15 @@ def prepare(recipe: Recipe) -> Prepared:
     recipe, config = _schedule(recipe, order, base, remarks)
     plan, seen = show_data(recipe, plan, base.model, task, train, order, device)
     remarks += seen
+    if recipe.init_adapter is not None:
+        remarks += start_from(recipe.init_adapter, base.model, plan, task.about())
     subject = _subject(plan, base, task, train, order, device)
     recipe = dataclasses.replace(
         recipe,
         model=_from_anywhere(recipe.model),
         data=_from_anywhere(recipe.data),
         eval_data=recipe.eval_data and _from_anywhere(recipe.eval_data),
+        init_adapter=recipe.init_adapter and _from_anywhere(recipe.init_adapter),
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         device=str(device),
         max_length=task.max_length + len(special or ()),
@@ -311,6 +318,8 @@ def _schedule(recipe: Recipe, order: Order, base: Base, remarks: list[str]) -> t
     if warmup > steps:
         raise AdapterError(f"warmup is {warmup} steps, and the run has {steps}")
     every = recipe.eval_every or max(10, math.ceil(steps / 10))
+    if recipe.eval_every is None and recipe.eval_epochs is not None:
+        every = max(1, round(recipe.eval_epochs * order.per_pass / recipe.accumulate))
     beta1, beta2 = recipe.betas
     config = TrainConfig(
         steps=steps,

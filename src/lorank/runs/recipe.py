@@ -45,7 +45,8 @@ class Recipe:
     data: str = _key(
         "",
         _DATA,
-        "training data: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub data set (id or id:configuration)",
+        "training data: a .jsonl, .json, .csv, .tsv or .parquet file or its address, or a hub data set (id or "
+        "id:configuration)",
     )
     eval_data: str | None = _key(
         None, _DATA, "held-out data; without it, `eval_share` of the training data is held out"
@@ -55,6 +56,9 @@ class Recipe:
     eval_share: float = _key(0.05, _DATA, "share of the data to hold out, at most 1,000 records; 0 for none")
     limit: int | None = _key(None, _DATA, "use the first so many training records")
     eval_limit: int | None = _key(None, _DATA, "use the first so many held-out records")
+    reader: str | None = _key(
+        None, _DATA, "make prompts and completions of a published data set: e2e, webnlg, dart, samsum, wikisql, mnli"
+    )
     task: str = _key("auto", _DATA, "causal-lm, classification or regression; auto tells by the columns")
     prompt: str | None = _key(None, _DATA, "column with the prompt, or a template such as 'Q: {question}\\nA:'")
     completion: str | None = _key(None, _DATA, "column with the completion, or a template")
@@ -68,6 +72,7 @@ class Recipe:
     max_length: int | None = _key(
         None, _DATA, "cut examples to so many tokens; default: what the model reads, at most 1,024"
     )
+    model_options: dict[str, Any] = _key({}, _DATA, "values in the base's configuration, {cls_dropout: 0.1}")
 
     targets: list[str] = _key(
         ["all-linear"], _ADAPTER, "layers to adapt: names, patterns, all-linear, attention, !exclusions"
@@ -87,6 +92,7 @@ class Recipe:
     train_also: list[str] | None = _key(
         None, _ADAPTER, "modules to train whole, as a copy; default: a classifier's head"
     )
+    init_adapter: str | None = _key(None, _ADAPTER, "start from this adapter, or run, instead of from nothing")
 
     steps: int | None = _key(None, _TRAINING, "optimiser steps; overrides epochs")
     epochs: float = _key(1.0, _TRAINING, "passes over the data")
@@ -104,6 +110,7 @@ class Recipe:
     dtype: str = _key("auto", _TRAINING, "of the base: float32 or bfloat16; auto: float32 on a CPU, else bfloat16")
     gradient_checkpointing: bool = _key(False, _TRAINING, "recompute activations: less memory, more time")
     eval_every: int | None = _key(None, _TRAINING, "steps between evaluations; default: ten in a run")
+    eval_epochs: float | None = _key(None, _TRAINING, "the same in passes over the data, where eval_every is not given")
     checkpoint_every: int | None = _key(None, _TRAINING, "steps between checkpoints; default: as eval_every")
     best: str | None = _key(None, _TRAINING, "score that decides which adapter is kept; default: loss, or accuracy")
     device: str = _key("auto", _TRAINING, "auto, cpu, cuda, cuda:1, mps")
@@ -143,7 +150,9 @@ class Recipe:
         Relative paths in it are taken from the working directory. Raises AdapterError for a file that is no recipe and
         for unknown keys, with the nearest known one.
         """
-        keys = {} if path is None else _read_yaml(Path(path))
+        keys = {} if path is None else read_yaml(Path(path))
+        if {"table", "row", "tasks"} <= keys.keys():
+            raise AdapterError(f"{path} is a row of the paper's tables, for several runs: lorank reproduce {path}")
         for given in overrides:
             keys |= given
         unknown = [name for name in keys if name not in Recipe.names()]
@@ -198,7 +207,8 @@ def as_typed(name: str, value: Any) -> Any:
     return value.replace("\\n", "\n") if name in templates and isinstance(value, str) else value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the keys of a YAML file; raises AdapterError for one that is none, or has a key twice."""
     yaml = require("yaml", "reading a recipe")
     if not path.is_file():
         near = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
@@ -302,7 +312,7 @@ def _value_problems(recipe: Recipe) -> list[str]:
     for name in ("eval_share", "dropout", "label_smoothing"):
         if not 0 <= getattr(recipe, name) < 1:
             problems.append(f"{name} is {getattr(recipe, name)}; it must lie in [0, 1)")
-    for name in ("epochs", "learning_rate", "clip", "lora_plus"):
+    for name in ("epochs", "eval_epochs", "learning_rate", "clip", "lora_plus"):
         value = getattr(recipe, name)
         if value is not None and not value > 0:
             problems.append(f"{name} is {value}; it must be above 0")

@@ -1,0 +1,109 @@
+"""The scores of a finished job, on the scale on which the paper prints them."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..data import open_source, rendering_of
+from ..data.rendering import Completion
+from ..errors import AdapterError
+from ..evaluation import Decoding, complete, require_metrics, text_scores
+from ..formats.safetensors_file import write_atomically
+from ..runs.loading import load_adapted
+from ..surgery import activate
+from ..tasks.base import evaluating
+from .jobs import Job
+from .task import Test
+
+SCORES, OUTPUTS = "scores.json", "outputs.jsonl"
+# Scores that the paper prints as they are; the others are shares, and printed in percent.
+_AS_THEY_ARE = ("nist", "cider", "meteor-webnlg", "ter-webnlg")
+Progress = Callable[[int, int], Any]  # texts that are written, and all
+
+
+def score(job: Job, progress: Progress | None = None) -> dict[str, float]:
+    """Return a finished job's scores by metric, or "metric group", as the paper prints them.
+
+    Those of classifiers were measured in training; for a language model the texts are written now, unless they were
+    already, and stay in the run's folder with their references.
+    """
+    best = job.best
+    if best is None:
+        raise AdapterError(f"{job.name} is not finished")
+    if job.test is None:
+        return {metric: printed(metric, best[metric]) for metric in job.task.metrics}
+    path = job.folder / SCORES
+    if not path.is_file():
+        found = _score_texts(job, job.test, progress)
+        write_atomically({path: (json.dumps(found, indent=2) + "\n").encode()})
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def printed(metric: str, value: float) -> float:
+    """Return a score on the paper's scale."""
+    return value if metric in _AS_THEY_ARE else 100 * value
+
+
+def require_scorers(jobs: Iterable[Job]) -> None:
+    """Raise AdapterError unless the texts of jobs could be written and scored once these are trained."""
+    for task, test in {job.task.name: (job.task, job.test) for job in jobs}.values():
+        if test is None:
+            continue
+        try:
+            Decoding(**test.decoding)
+        except TypeError as error:
+            raise AdapterError(f"{task.name}: test: decoding: {error}") from None
+        require_metrics(list(task.metrics))
+
+
+def _score_texts(job: Job, test: Test, progress: Progress | None) -> dict[str, float]:
+    """Write a text for every prompt of the test data, and score them against all texts that it has there."""
+    asked = _asked(job, test)
+    prompts = list(asked)
+    texts = _written(job, test, prompts, progress)
+    lines = [
+        {"prompt": prompt, "output": text, "references": asked[prompt]["references"], "group": asked[prompt]["group"]}
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically({job.folder / OUTPUTS: kept.encode()})
+    groups = sorted({line["group"] for line in lines}) if test.groups else []
+    found: dict[str, float] = {}
+    for group in [*groups, "all"] if test.groups else [""]:
+        chosen = [line for line in lines if group in ("", "all", line["group"])]
+        outputs, references = ([line[key] for line in chosen] for key in ("output", "references"))
+        scores = text_scores(outputs, references, list(job.task.metrics))
+        found |= {f"{metric} {group}".strip(): printed(metric, value) for metric, value in scores.items()}
+    return found
+
+
+def _asked(job: Job, test: Test) -> dict[str, dict[str, Any]]:
+    """Return the references, and the group, of each prompt of the test data."""
+    recipe = job.recipe
+    records = open_source(test.data, test.split, test.limit, recipe.reader)
+    asked: dict[str, dict[str, Any]] = {}
+    rendering = rendering_of({"prompt": recipe.prompt, "completion": recipe.completion}, None)
+    assert isinstance(rendering, Completion), "a row of texts has prompts and completions"
+    for record in records:
+        group = str(record[test.groups]) if test.groups else ""
+        known = asked.setdefault(rendering.prompt(record), {"references": [], "group": group})
+        known["references"].append(rendering.after.of(record).strip())
+    return asked
+
+
+def _written(job: Job, test: Test, prompts: Sequence[str], progress: Progress | None) -> list[str]:
+    """Return what the job's model writes for each prompt."""
+    trained = job.recipe
+    whole = trained.method == "full"  # there is no adapter: the run has a model of its own
+    base, adapters = (str(job.folder), []) if whole else (trained.model, [f"it={job.folder}"])
+    loaded = load_adapted(base, adapters, dtype=trained.dtype, device=trained.device)
+    activate(loaded.model, *([] if whole else ["it"]))
+    decoding = Decoding(**test.decoding)
+    texts = [""] * len(prompts)
+    with evaluating(loaded.model):
+        written = complete(loaded.model, loaded.base.tokenizer, prompts, decoding, batch_size=trained.batch_size)
+        for count, (number, text) in enumerate(written, start=1):
+            texts[number] = (text.partition(test.stop)[0] if test.stop else text).strip()
+            if progress is not None:
+                progress(count, len(prompts))
+    return texts
