@@ -137,14 +137,14 @@ def test_baselines_start_from_their_like_but_for_the_head(
     cases.finish(first)
     data = cases.sentiments(tmp_path / "two.tsv")
     run = cases.begin(cases.recipe(bert, data, tmp_path / "run", init_adapter=str(tmp_path / "three"), **own))
-    lorank.load(first.prepared.model, tmp_path / "three" / "adapter", "kept", activate=False)  # the best, not the last
-    there = lorank.adapter_parameters(first.prepared.model, "kept")
+    lorank.load(first.prepared.model, tmp_path / "three" / "adapter", "best", activate=False)  # the best, not the last
+    there = lorank.adapter_parameters(first.prepared.model, "best")
     heads = 0
     for name, value in cases.values(run).items():
         if name.startswith("classifier"):
             heads += 1
         else:
-            assert torch.equal(value, there[name.replace(".default", ".kept")]), name
+            assert torch.equal(value, there[name.replace(".default", ".best")]), name
     assert heads == 2 and len(there) > 4
 
 
