@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluation", "streaming", "models"},
     {"tasks", "arithmetic"},
     {"runs", "demo"},
-    {"adapter_files", "reproduction"},
+    {"adapter_files", "reproduction", "comparison"},
     {"card"},
     {"hub"},
     {"cli"},

@@ -4,6 +4,7 @@ import typer
 
 from ..version import __version__
 from .combine import combine
+from .compare import compare
 from .console import run_app
 from .convert import convert
 from .demo import demo
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("train")(train)
+app.command("compare")(compare)
 app.command("reproduce")(reproduce)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

@@ -107,11 +107,11 @@ def reproduce(
 def _train(job: Any) -> None:
     """Train a job to its end; an interruption ends the command."""
     from ..reproduction.jobs import begin
-    from .train import _announce, _train as run_to_its_end
+    from .train import announce, run_to_its_end
 
     with err.status("reading data, loading the model ..."):
         run = begin(job)
-    _announce(run.prepared, preview=False)
+    announce(run.prepared, preview=False)
     if not run_to_its_end(run).done:
         say(f"stopped {job.name}; the same command goes on with it", "yellow")
         raise typer.Exit(130)

@@ -52,12 +52,12 @@ def train(
     wanted = stored_recipe(resume) if resume is not None else Recipe.of(recipe, parse_overrides(words), flags)
     with err.status("reading data, loading the model ..."):
         prepared = prepare(wanted)
-    _announce(prepared, preview=not dry_run)
+    announce(prepared, preview=not dry_run)
     if dry_run:
         _dry_run(prepared, as_json)
         return
     run = Run(prepared, resume=resume is not None)
-    finish = _train(run)
+    finish = run_to_its_end(run)
     from ..runs.metrics import PLOT
 
     plan = prepared.plan
@@ -77,7 +77,7 @@ def train(
         raise typer.Exit(130)
 
 
-def _train(run: Any) -> Any:
+def run_to_its_end(run: Any) -> Any:
     """Run to the end, or to the first Ctrl-C or SIGTERM; a second Ctrl-C does not wait for the step."""
     from ..runs.run import Evaluated, Stopped, Trained
 
@@ -108,7 +108,7 @@ def _train(run: Any) -> Any:
     return finish
 
 
-def _announce(prepared: Any, preview: bool) -> None:
+def announce(prepared: Any, preview: bool) -> None:
     """Say what is about to happen, and show the first examples as the model will see them."""
     recipe, config = prepared.recipe, prepared.config
     say(str(prepared.plan))

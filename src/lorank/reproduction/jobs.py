@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import AdapterError, enumerate_names, raise_problems
 from ..formats.safetensors_file import write_atomically
+from ..runs.finished import best_scores
 from ..runs.prepare import prepare
 from ..runs.recipe import Recipe
-from ..runs.run import FACTS, RECIPE, Run, stored_recipe
+from ..runs.run import RECIPE, Run, stored_recipe
 from .row import Row
 from .task import PAPER, Task, Test
 
@@ -144,15 +145,6 @@ def best_run(folder: Path) -> Path | None:
             score = best[chosen_by]
             scored.append((-score if chosen_by in ("loss", "perplexity") else score, run))
     return max(scored, key=lambda one: one[0])[1] if scored else None
-
-
-def best_scores(run: Path) -> dict[str, float] | None:
-    """Return the scores of the adapter that a run has kept; None for one that is not finished."""
-    if not (run / FACTS).is_file() or not (run / RECIPE).is_file():
-        return None
-    facts = json.loads((run / FACTS).read_text(encoding="utf-8"))
-    done = facts.get("steps_done")
-    return facts["best"] if done is not None and done >= (stored_recipe(str(run)).steps or 0) else None
 
 
 def _test_of(task: Task, wanted: Wanted) -> Test | None:
