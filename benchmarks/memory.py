@@ -37,13 +37,22 @@ from lorank.models import attend_to_all, recompute_activations
 
 _VOCABULARY = 8000
 _SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2 6 x 512": {"family": "gpt2", "layers": 6, "width": 512, "heads": 8},
     "gpt2 4 x 1024": {"family": "gpt2", "layers": 4, "width": 1024, "heads": 16},
     "roberta 6 x 768": {"family": "roberta", "layers": 6, "width": 768, "heads": 12},
     "llama 8 x 640": {"family": "llama", "layers": 8, "width": 640, "heads": 10},
 }
-_BATCHES = ((1, 512), (8, 128), (4, 384))  # rows, tokens
-_METHODS: dict[str, Any] = {"full": None, "lora": lorank.LoRA(rank=8)}
+_BATCHES = ((1, 512), (8, 128))  # rows, tokens
+_METHODS: dict[str, Any] = {
+    "full": None,
+    "lora": lorank.LoRA(rank=8),
+    "bitfit": lorank.BitFit(),
+    "top-k": lorank.TopK(blocks=2),
+    "adapter-h": lorank.AdapterH(size=64),
+    "adapter-l": lorank.AdapterL(size=64),
+    "adapter-p": lorank.AdapterP(size=64),
+    "prefix-embedding": lorank.PrefixEmbedding(32, 8),
+    "prefix-layer": lorank.PrefixLayer(8, 8),
+}
 _TARGETS = {"gpt2": ["c_attn[q,v]"], "roberta": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
 
@@ -77,19 +86,14 @@ def cases(device: str) -> Iterator[Case]:
     """Yield what is measured."""
     for shape, sizes in _SHAPES.items():
         for method in _METHODS:
-            if applies(method, sizes["family"]):
+            if method != "bitfit" or sizes["family"] != "llama":  # which has no biases
                 for rows, tokens in _BATCHES:
                     yield Case(shape, method, rows, tokens, device=device)
-    for method in ("full", "lora"):
-        yield Case("gpt2 6 x 512", method, 4, 384, dropout=0.1, device=device)
+    for method in ("full", "lora", "adapter-h"):
+        yield Case("gpt2 4 x 1024", method, 4, 384, dropout=0.1, device=device)
         yield Case("roberta 6 x 768", method, 4, 384, dropout=0.1, device=device)
         yield Case("llama 8 x 640", method, 4, 384, checkpointing=True, device=device)
         yield Case("llama 8 x 640", method, 4, 384, dtype="bfloat16", device=device)
-
-
-def applies(method: str, family: str) -> bool:
-    """Tell whether a method makes sense for a family."""
-    return True
 
 
 def build(sizes: dict[str, Any], case: Case, device: str) -> tuple[Any, Any]:
@@ -121,35 +125,44 @@ def build(sizes: dict[str, Any], case: Case, device: str) -> tuple[Any, Any]:
         recompute_activations(model)
     spec = _METHODS[case.method]
     if spec is None:
-        return model.train(), list(model.parameters())
-    heads_too = ["classifier"] if family == "roberta" else []
-    lorank.adapt(model, spec, _TARGETS[family], train_also=heads_too)
+        return model.train(), dict(model.named_parameters())
+    targets = _TARGETS[family] if isinstance(spec, lorank.LoRA) else None
+    lorank.adapt(model, spec, targets, train_also=["classifier"] if family == "roberta" else [])
     return model.train(), lorank.adapter_parameters(model)
 
 
-def loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the loss on a batch (rows, tokens)."""
-    logits = model(input_ids=ids, use_cache=False).logits if hasattr(model, "lm_head") else model(input_ids=ids).logits
-    targets = ids[:, 1:].flatten() if logits.dim() == 3 else ids[:, 0] % logits.shape[-1]
-    logits = logits[:, :-1].flatten(0, 1) if logits.dim() == 3 else logits
-    return nn.functional.cross_entropy(logits.float(), targets)
+def batch(model: Any, case: Case) -> Tensor:
+    """Return ids (rows, tokens) on the model's device, with the special tokens of a prefix in front."""
+    special = lorank.special_tokens(model)
+    front = torch.arange(special.first, special.first + len(special)) if special else torch.empty(0, dtype=torch.long)
+    text = torch.randint(_VOCABULARY, (case.rows, case.tokens))
+    return torch.cat([front.expand(case.rows, -1), text], dim=1).to(model.device)
+
+
+def loss(model: Any, ids: Tensor) -> Tensor:
+    """Return the loss on a batch (rows, tokens); it is zero for the special tokens."""
+    if not hasattr(model, "lm_head"):
+        return nn.functional.cross_entropy(model(input_ids=ids).logits.float(), ids[:, -1] % 2)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    return nn.functional.cross_entropy(logits.float(), targets.where(targets < _VOCABULARY, -100))
 
 
 def counted(case: Case) -> int:
     """Return the peak of a step as the meta device tells it."""
     model, _ = build(_SHAPES[case.shape], case, "meta")
     attend_to_all(model)
-    ids = torch.zeros(case.rows, case.tokens, dtype=torch.long, device="meta")
+    ids = batch(model, case)
     return training_costs(model, lambda: loss(model, ids), device=case.device).memory.total
 
 
 def measured(case: Case) -> int:
-    """Return the peak of a real step; the process must be a fresh one."""
+    """Return the peak of a real step; the process must be one in which little has run."""
     torch.set_num_threads(1)
     if case.device == "cpu":
         libc = ctypes.CDLL("libc.so.6")
         assert libc.mallopt(-3, 1 << 16) and libc.mallopt(-1, 1 << 16), "M_MMAP_THRESHOLD and M_TRIM_THRESHOLD"
-    tiny = {"family": _SHAPES[case.shape]["family"], "layers": 1, "width": 32, "heads": 2}
+    tiny = {"family": _SHAPES[case.shape]["family"], "layers": 2, "width": 32, "heads": 2}
     _train(tiny, Case(**{**asdict(case), "rows": 2, "tokens": 8}))
     gc.collect()
     before = _now(case.device)
@@ -159,9 +172,9 @@ def measured(case: Case) -> int:
 def _train(sizes: dict[str, Any], case: Case) -> int:
     """Train three steps and return the most memory that was in use in the last one."""
     model, trained = build(sizes, case, case.device)
-    ids = torch.randint(_VOCABULARY, (case.rows, case.tokens), device=case.device)
+    ids = batch(model, case)
     config = lorank.TrainConfig(steps=3, learning_rate=1e-5)
-    for _ in lorank.train(trained, lambda batch: loss(model, batch), [ids], config):
+    for _ in lorank.train(trained, lambda given: loss(model, given), [ids], config):
         peak = _peak(case.device)
         _forget_peak(case.device)
     return peak
@@ -187,27 +200,29 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def run(case: Case) -> Found:
-    """Count and measure a case in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(asdict(case))]
+def run(*several: Case) -> list[Found]:
+    """Count and measure cases in one fresh process, one after the other."""
+    words = [json.dumps(asdict(case)) for case in several]
+    command = [sys.executable, "-m", "benchmarks.memory", "--case", *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-    return Found(**json.loads(done.stdout.splitlines()[-1]))
+    return [Found(**json.loads(line)) for line in done.stdout.splitlines()[-len(several) :]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", help="measure one case, given as JSON, in this process")
+    parser.add_argument("--case", nargs="+", help="measure cases, given as JSON, in this process")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--write", type=Path, help="page whose table is replaced")
     options = parser.parse_args()
     if options.case:
-        case = Case(**json.loads(options.case))
-        print(json.dumps(asdict(Found(counted(case), measured(case)))))
+        for given in options.case:
+            case = Case(**json.loads(given))
+            print(json.dumps(asdict(Found(counted(case), measured(case)))))
         return
     lines = ["| model | method | rows x tokens | | counted | measured | ratio |", "|---|---|---|---|---|---|---|"]
     ratios = []
     for case in cases(options.device):
-        found = run(case)
+        (found,) = run(case)
         ratios.append(found.ratio)
         others = [f"dropout {case.dropout}"] if case.dropout else []
         others += [case.dtype] if case.dtype != "float32" else []

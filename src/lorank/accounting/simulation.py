@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .repeats import Repeats
+
 
 class Simulation(TorchDispatchMode):
     """Within it every operation is followed: which storages are alive, how many bytes they have, what is computed.
@@ -22,6 +24,7 @@ class Simulation(TorchDispatchMode):
         self.peak = 0  # the most that they were
         self.flops = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._repeats = Repeats()
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed; once, however many tensors share it."""
@@ -39,7 +42,7 @@ class Simulation(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._repeats.run(func, args, kwargs or {})
         for value in (*args, *(result if isinstance(result, tuple | list) else (result,))):
             if isinstance(value, Tensor):  # of what was made before, such as the batch, it knows from its first use on
                 self.add(value)

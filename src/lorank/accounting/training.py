@@ -20,7 +20,7 @@ class Memory:
     base: int  # the base's weights and buffers
     adapter: int  # the adapters'; 0 where the base itself is trained
     gradients: int
-    optimiser: int  # AdamW's two moments
+    optimiser: int  # its moments
     activations: int  # what the peak has beyond: activations, and temporaries of the backward pass
 
     @property
@@ -39,13 +39,16 @@ class StepCosts:
     step_flops: int  # forward and backward
 
 
-def training_costs(model: nn.Module, loss: Loss, *, accumulate: bool = False, device: str = "cpu") -> StepCosts:
+def training_costs(
+    model: nn.Module, loss: Loss, *, accumulate: bool = False, device: str = "cpu", moments: int = 2
+) -> StepCosts:
     """Return what a step takes of training the active adapters; of training the model itself where it has none.
 
     model: in train mode; on the meta device nothing is computed.
     loss: runs it on a batch and returns the loss, or a pair of the loss and something else.
     accumulate: the step has several batches, so that gradients are there when a forward pass begins.
     device: the kind of device that the step is to run on, such as "cpu" or "cuda"; see `kernels_of`.
+    moments: numbers that the optimiser keeps for each trained one, in its dtype; AdamW has two.
 
     The order is that of `lorank.train`: gradients of the step before are gone when a step begins, the moments are there
     (from the second step on), and AdamW's fused kernel takes no memory of its own. Gradients of the model are lost.
@@ -58,8 +61,6 @@ def training_costs(model: nn.Module, loss: Loss, *, accumulate: bool = False, de
     for tensor in _tensors(model.named_modules()):
         simulation.add(tensor)
     adapter = simulation.live - base
-    moments = 2 * sum(map(_bytes, trained))
-    simulation.live += moments
     for parameter in trained:
         parameter.grad = None
         if accumulate:
@@ -74,8 +75,8 @@ def training_costs(model: nn.Module, loss: Loss, *, accumulate: bool = False, de
     gradients = sum(_bytes(parameter.grad) for parameter in trained if parameter.grad is not None)
     for parameter in trained:
         parameter.grad = None
-    rest = base + adapter + moments + gradients
-    memory = Memory(base, adapter, gradients, moments, simulation.peak - rest)
+    # The optimiser has moments of what got a gradient, from the first moment of the step to its last.
+    memory = Memory(base, adapter, gradients, moments * gradients, simulation.peak - base - adapter - gradients)
     return StepCosts(memory, kept, forward, simulation.flops)
 
 

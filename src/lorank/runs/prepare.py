@@ -232,11 +232,11 @@ def memory_of(prepared: Prepared) -> Memory | str:
 
 
 def step_costs(
-    model: Any, task: Task, batch: Tensors, *, accumulate: bool = False, device: str = "cpu"
+    model: Any, task: Task, batch: Tensors, *, accumulate: bool = False, device: str = "cpu", moments: int = 2
 ) -> StepCosts | str:
     """Return what a step on a batch takes, counted on an adapted model on the meta device, or why that cannot be told.
 
-    accumulate, device: as `training_costs` has them.
+    accumulate, device, moments: as `training_costs` has them.
 
     Some models look at the values of their tensors, and there are none on the meta device. The model can be used for
     nothing else afterwards.
@@ -254,8 +254,9 @@ def step_costs(
     elif getattr(model.config, "_attn_implementation", None) == "sdpa":
         # As transformers makes it. One of four dimensions is taken as it is; the values of another would be looked at.
         inputs["attention_mask"] = torch.empty(rows, 1, width, width, dtype=torch.bool, device="meta")
+    options: Any = {"accumulate": accumulate, "device": device, "moments": moments}
     try:
-        return training_costs(model.train(), lambda: task.loss(model, inputs), accumulate=accumulate, device=device)
+        return training_costs(model.train(), lambda: task.loss(model, inputs), **options)
     except (NotImplementedError, RuntimeError) as error:
         return str(error).splitlines()[0]
 
