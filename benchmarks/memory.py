@@ -110,9 +110,8 @@ def build(sizes: dict[str, Any], case: Case, device: str) -> tuple[Any, Any]:
         elif family == "roberta":
             drop = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), case.dropout)
             sized = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-            model = RobertaForSequenceClassification(
-                RobertaConfig(**sized, intermediate_size=4 * width, vocab_size=_VOCABULARY, **drop)  # type: ignore[arg-type]
-            )
+            sized |= {"max_position_embeddings": 640, "intermediate_size": 4 * width}
+            model = RobertaForSequenceClassification(RobertaConfig(**sized, vocab_size=_VOCABULARY, **drop))  # type: ignore[arg-type]
         else:
             sized = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
             model = LlamaForCausalLM(
@@ -174,6 +173,7 @@ def _train(sizes: dict[str, Any], case: Case) -> int:
     model, trained = build(sizes, case, case.device)
     ids = batch(model, case)
     config = lorank.TrainConfig(steps=3, learning_rate=1e-5)
+    peak = 0
     for _ in lorank.train(trained, lambda given: loss(model, given), [ids], config):
         peak = _peak(case.device)
         _forget_peak(case.device)
