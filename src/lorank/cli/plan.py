@@ -71,7 +71,8 @@ def plan(
       lorank plan HuggingFaceTB/SmolLM2-135M
       lorank plan HuggingFaceTB/SmolLM2-135M --method vera
       lorank plan roberta-base --task classification --targets query,value --method lora --rank 8
-      lorank plan path/to/model --method adapter-h --method-options '{size: 16}' --json
+      lorank plan path/to/model --targets 'c_attn\\[q,v]' --rank 4 --json
+      lorank plan path/to/model --method adapter-h --method-options '{size: 16}'
       lorank plan --paper
     """
     if paper:
@@ -80,7 +81,7 @@ def plan(
         _paper(as_json)
         return
     if model is None:
-        raise UsageError("plan what? Give a model, or --paper")
+        raise typer.BadParameter("give a model, or --paper", param_hint="model")
     for name, value, known in (
         ("task", task, ("causal-lm", "classification", "regression")),
         ("dtype", dtype, ("float32", "bfloat16", "float16")),
