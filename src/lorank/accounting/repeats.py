@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_Made = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]  # (shape, strides, dtype) of each result
+_Made = tuple[torch.Size, tuple[int, ...], torch.dtype] | None  # shape, strides, dtype of a result
 
 
 class Repeats:
@@ -15,7 +15,7 @@ class Repeats:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[_Made, bool]] = {}  # what is made, and whether it is a tuple
+        self._known: dict[Any, tuple[list[_Made], bool]] = {}  # what is made, and whether it is a tuple
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the results of an operation."""
@@ -26,12 +26,14 @@ class Repeats:
         if known is None:
             result = func(*args, **kwargs)
             results = result if isinstance(result, tuple) else (result,)
-            if all(isinstance(one, Tensor) and one.is_meta for one in results) and not _share(args, results):
-                self._known[key] = tuple((t.shape, t.stride(), t.dtype) for t in results), isinstance(result, tuple)
+            tensors = [one for one in results if one is not None]
+            if all(isinstance(one, Tensor) and one.is_meta for one in tensors) and not _share(args, tensors):
+                made = [None if one is None else (one.shape, one.stride(), one.dtype) for one in results]
+                self._known[key] = made, isinstance(result, tuple)
             return result
         made, several = known
-        tensors = tuple(torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in made)
-        return tensors if several else tensors[0]
+        again = tuple(one and torch.empty_strided(one[0], one[1], dtype=one[2], device="meta") for one in made)
+        return again if several else again[0]
 
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -57,7 +59,7 @@ def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return key if seen else None
 
 
-def _share(args: tuple[Any, ...], results: tuple[Tensor, ...]) -> bool:
+def _share(args: tuple[Any, ...], results: list[Tensor]) -> bool:
     """Tell whether a result lies in the memory of an argument, or of another result."""
     given = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
     own = {result.untyped_storage()._cdata for result in results}
