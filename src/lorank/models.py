@@ -12,6 +12,7 @@ from torch import nn
 from .data import padding_id
 from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
 from .extras import require
+from .shapes import SHAPES, configuration_of
 
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -108,7 +109,10 @@ def padding_of_classifier(config: Any, tokenizer: Any) -> int | None:
 
 
 def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels: int = 2) -> Any:
-    """Return a base on the meta device, from its configuration alone."""
+    """Return a base on the meta device, from its configuration alone.
+
+    name: a hub id, a folder, a GGUF file, or one of `shapes.SHAPES`.
+    """
     config = _configuration(name)
     if task != "causal-lm":
         config.num_labels = 1 if task == "regression" else labels
@@ -118,6 +122,9 @@ def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels
 
 
 def _configuration(name: str) -> Any:
+    if _is_shape(name):
+        with quiet():
+            return configuration_of(name)
     transformers = require("transformers", "reading a model's configuration")
     source, gguf = _location(name)
     with _reading(name), quiet():
@@ -195,8 +202,30 @@ def recompute_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
+def _is_shape(name: str) -> bool:
+    """Tell whether a name is that of a built-in shape; a folder of that name is a folder."""
+    return name in SHAPES and not Path(name).expanduser().exists()
+
+
+_UNMASKED = "lorank-unmasked"
+
+
+def attend_to_all(model: Any) -> None:
+    """Let a model on the meta device take a batch for one without padding.
+
+    Of such a batch transformers makes no mask for PyTorch's attention, but finds that out by looking at values, which
+    are not there. For an attention that has no function for masks it does not look. Other attention always has a mask.
+    """
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        transformers = require("transformers", "building a model")
+        transformers.AttentionInterface.register(_UNMASKED, transformers.AttentionInterface()["sdpa"])
+        model.set_attn_implementation(_UNMASKED)
+
+
 def _location(name: str) -> tuple[str, str | None]:
     """Return what from_pretrained takes, and the name of the GGUF file in it, if it is one."""
+    if _is_shape(name):
+        raise AdapterError(f"{name} is a shape without weights: it can be planned, not loaded")
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

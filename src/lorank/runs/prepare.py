@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..accounting import Memory, training_memory
+from ..accounting import Memory, StepCosts, training_costs
 from ..baselines import Full, SpecialTokens
 from ..copies import count, own_parameters
 from ..data import Example, Order, Text, hold_out, open_source, rendering_of
@@ -20,6 +20,7 @@ from ..errors import AdapterError, enumerate_names
 from ..formats.safetensors_file import encoded
 from ..models import (
     Base,
+    attend_to_all,
     empty_base,
     heads_of,
     label_order,
@@ -220,18 +221,25 @@ def _whole(recipe: Recipe, model: Any, methods: Sequence[object]) -> Plan:
 
 
 def memory_of(prepared: Prepared) -> Memory | str:
-    """Return what a step takes on the run's largest batch, or why that cannot be told; see `step_memory`."""
+    """Return what a step takes on the run's largest batch, or why that cannot be told; see `step_costs`."""
     recipe, task = prepared.recipe, prepared.task
     labels = len(task.labels) if isinstance(task, Classification) else 1
     model = empty_base(recipe.model, recipe.task, dtype=getattr(torch, recipe.dtype), labels=labels)
     adapt_base(recipe, model)
-    return step_memory(model, task, task.collate(prepared.largest_batch()))
+    batch = task.collate(prepared.largest_batch())
+    costs = step_costs(model, task, batch, accumulate=recipe.accumulate > 1, device=prepared.device.type)
+    return costs if isinstance(costs, str) else costs.memory
 
 
-def step_memory(model: Any, task: Task, batch: Tensors) -> Memory | str:
+def step_costs(
+    model: Any, task: Task, batch: Tensors, *, accumulate: bool = False, device: str = "cpu", moments: int = 2
+) -> StepCosts | str:
     """Return what a step on a batch takes, counted on an adapted model on the meta device, or why that cannot be told.
 
-    Some models look at the values of their tensors, and there are none on the meta device.
+    accumulate, device, moments: as `training_costs` has them.
+
+    Some models look at the values of their tensors, and there are none on the meta device. The model can be used for
+    nothing else afterwards.
     """
     rows, width = batch["input_ids"].shape
     inputs = to_device(batch, torch.device("meta"))
@@ -239,11 +247,16 @@ def step_memory(model: Any, task: Task, batch: Tensors) -> Memory | str:
         inputs["labels"] = batch["labels"]  # how many of them are trained does count
     else:
         model.config.pad_token_id = model.config.pad_token_id or 0
-    # A mask of four dimensions is taken as it is; transformers would look at the values of another.
-    dtype = next(model.parameters()).dtype
-    inputs["attention_mask"] = torch.empty(rows, 1, width, width, dtype=dtype, device="meta")
+    mask = batch.get("attention_mask", torch.ones(rows, width, dtype=torch.long))
+    inputs["attention_mask"] = mask.to("meta")
+    if bool(mask.all()):
+        attend_to_all(model)
+    elif getattr(model.config, "_attn_implementation", None) == "sdpa":
+        # As transformers makes it. One of four dimensions is taken as it is; the values of another would be looked at.
+        inputs["attention_mask"] = torch.empty(rows, 1, width, width, dtype=torch.bool, device="meta")
+    options: Any = {"accumulate": accumulate, "device": device, "moments": moments}
     try:
-        return training_memory(model.train(), lambda: task.loss(model, inputs))
+        return training_costs(model.train(), lambda: task.loss(model, inputs), **options)
     except (NotImplementedError, RuntimeError) as error:
         return str(error).splitlines()[0]
 
