@@ -17,7 +17,15 @@ from lorank.formats.pairs import Pair
 
 from .. import models
 
-FILES = {"peft": "peft", "vllm": "vllm", "mlx": "mlx", "gguf": "a.gguf", "kohya": "a.safetensors", "loralib": "a.pt"}
+FILES = {
+    "peft": "peft",
+    "vllm": "vllm",
+    "mlx": "mlx",
+    "gguf": "a.gguf",
+    "kohya": "a.safetensors",
+    "loralib": "a.pt",
+    "lorank": "lorank",
+}
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
 
@@ -56,7 +64,7 @@ def test_folding_into_narrow_numbers_changes_nothing(to: str, dtype: torch.dtype
     source = of_peft(tmp_path / "source", dtype)
     base: Any = models.llama()
     done = lorank.convert(source, tmp_path / FILES[to], to, base)
-    assert any("scale folded into B" in note for note in done.folded) == (to not in ("peft", "kohya"))
+    assert any("scale folded into B" in note for note in done.folded) == (to not in ("peft", "kohya", "lorank"))
     found = verify(base, source, done.target, {"input_ids": models.ids()}, told_target=done.told)
     assert found.equal and found.largest_difference <= 1e-5 * found.largest_output, found
 
@@ -143,7 +151,7 @@ def test_a_method_that_becomes_lora_is_said_once_with_its_layers(method: str, to
     notes = formats.write(gather(model, "default"), tmp_path / FILES[to], to, model)
     said = [note for note in notes if "as LoRA" in note]
     layers = ", ".join(f"model.layers.{i}.self_attn.q_proj" for i in (0, 1))
-    quiet = to == "peft" or (to, method) == ("kohya", "loha")
+    quiet = to in ("peft", "lorank") or (to, method) == ("kohya", "loha")
     assert said == ([] if quiet else [f"{method} written as LoRA, which computes the same: {layers}"])
 
 

@@ -90,7 +90,7 @@ def test_b_learns_faster_with_lora_plus(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings, says",
     [
-        ({"method": "doro"}, "method is 'doro'; it must be one of lora, dora"),
+        ({"method": "doro"}, "method is 'doro'; nearest: dora"),
         ({"method": "vera", "alpha": 4}, "vera has no alpha"),
         ({"method": "pissa", "init": "gaussian"}, "pissa has no init"),
         ({"method": "eva", "method_options": {"roh": 2}}, "eva has no option 'roh'; nearest: rho"),

@@ -35,9 +35,6 @@ class Arm:
         base = {name: getattr(shared, name) for name in Recipe.names()}
         if self.keys["method"] != shared.method:
             base |= {name: _default(name) for name in _OF_METHOD}
-            base |= {
-                name: _default(name) for name in ("rank_stabilised", "init", "ranks", "alphas", "tie", "lora_plus")
-            }
             if "lora" in str(self.keys["method"]).split("+"):  # with something beside it
                 base |= {name: getattr(shared, name) for name in ("rank", "alpha", "targets")}
         return Recipe(**{**base, **self.keys, **changes})
