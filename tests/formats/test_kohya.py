@@ -100,14 +100,15 @@ def test_every_adapter_that_fits_goes_round(data: st.DataObject) -> None:
         first = path.read_bytes()
         bare = lorank.formats.read(path)
         plan = lorank.load(base, path)
-        assert plan.spec.to_json()["dropout"] == fields["dropout"]
+        assert plan.places[0].spec.to_json()["dropout"] == fields["dropout"]
         lorank.save(base, path, format="kohya", about={"labels": ["a"]})
         assert path.read_bytes() == first
     x, other = torch.randn(2, sizes[0], 6, 6), copy.deepcopy(base).eval()
     for layer in ("down_blocks.0", "down_blocks.1", "to_out.0"):
         x = x.mean((-1, -2)) if layer == "to_out.0" else x
         wanted = model.eval().get_submodule(layer)(x)
-        torch.testing.assert_close(other.get_submodule(layer)(x), wanted, rtol=1e-4, atol=1e-4)
+        apart = torch.linalg.vector_norm(other.get_submodule(layer)(x) - wanted)  # single numbers may nearly cancel
+        assert apart <= 1e-4 * torch.linalg.vector_norm(wanted) + 1e-4
         x = wanted
     assert bare.about == {"labels": ["a"]} and len(bare.updates) == 3
     changed = [w for w in warned if "folded" in str(w.message) or "written as LoRA" in str(w.message)]
@@ -150,7 +151,7 @@ def test_ranks_and_scales_are_of_each_layer(tmp_path: Path) -> None:
     plan = lorank.load(base, path)
     assert [(place.spec.rank, place.spec.scale) for place in plan.places] == [(2, 3.5), (2, 1.5), (4, 0.75)]
     x = torch.randn(2, 3, 5, 5)
-    assert torch.equal(base.eval()(x), model.eval()(x)) and plan.spec.to_json()["dropout"] == 0.5
+    assert torch.equal(base.eval()(x), model.eval()(x)) and plan.places[0].spec.to_json()["dropout"] == 0.5
 
 
 def test_another_method_is_written_as_lora_and_said(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_another_method_is_written_as_lora_and_said(tmp_path: Path) -> None:
     plan = lorank.load(base, tmp_path / "adapter.safetensors")
     x = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(base(x), model(x))
-    assert plan.spec.rank == 4
+    assert plan.places[0].spec.rank == 4
 
 
 def test_parts_of_a_fused_projection_become_one_pair(tmp_path: Path) -> None:
@@ -532,7 +533,7 @@ def test_metadata_that_cannot_be_right(saved: tuple[Any, Any, Path], about: str)
 def test_dropouts_that_are_none(saved: tuple[Any, Any, Path], dropout: str) -> None:
     base, _, path = saved
     save_file(load_file(path), path, {"ss_network_dropout": dropout})
-    assert lorank.load(base, path).spec.to_json()["dropout"] == 0
+    assert lorank.load(base, path).places[0].spec.to_json()["dropout"] == 0
 
 
 @settings(deadline=None, max_examples=80)

@@ -94,7 +94,7 @@ def test_every_adapter_that_fits_goes_round(data: st.DataObject) -> None:
     after = lorank.adapter_parameters(base)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert bare.about == {"labels": ["a"]} and not bare.problems and bare.updates.keys() == set(targets)
-    assert plan.spec.scale == pytest.approx(spec.scale) and type(plan.spec) is type(spec)
+    assert plan.spec is not None and plan.spec.scale == pytest.approx(spec.scale) and type(plan.spec) is type(spec)
     parameters = config["lora_parameters"]
     assert parameters["rank"] == rank and parameters["dropout"] == spec.dropout
     assert _selected(base, config["num_layers"], parameters["keys"]) == set(targets)

@@ -87,7 +87,7 @@ def test_the_meta_device_counts_what_a_real_one_computes(method: str) -> None:
     lorank.adapt(empty, METHODS[method], ["first", "second"])
     model = stacked(METHODS[method])
     real = torch.randn(9, 6)
-    empty(x), model(real)  # VeRA's frozen matrices are made when they are first used
+    assert empty(x).shape == model(real).shape  # VeRA's frozen matrices are made when they are first used
     counted = training_costs(empty, lambda: empty(x).square().mean())
     assert counted == training_costs(model, lambda: model(real).square().mean())
 
