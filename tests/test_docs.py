@@ -27,7 +27,7 @@ from .hub_server import Hub, connected
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (  # each page goes on from the one before
-    *("train", "reproduce", "eval", "score", "generate", "merge", "inspect", "plan", "demo"),
+    *("train", "compare", "reproduce", "eval", "score", "generate", "merge", "inspect", "plan", "demo"),
     *("convert", "combine", "resize", "scale", "diff", "extract", "push", "pull"),
 )
 CHAPTERS = [

@@ -17,12 +17,15 @@ from .. import checkpoints
 from .running import run
 
 COMMANDS = [
-    *("train", "reproduce", "eval", "score", "generate", "merge", "inspect", "plan"),
+    *("train", "compare", "reproduce", "eval", "score", "generate", "merge", "inspect", "plan"),
     *("combine", "resize", "scale", "extract", "diff", "push", "pull"),
 ]
 # What words of a command line come out of its help as they are; rich would take some brackets for markup.
 EXAMPLES = {
     "train": ["lorank train recipe.yaml --dry-run"],
+    "compare": [
+        "lorank compare sst2.yaml --methods 'lora{rank: 4},adapter-h{size: 16},prefix-layer' --rates 0.1,0.3,1,3"
+    ],
     "reproduce": [
         "lorank reproduce recipes/paper/table-2/deberta-xxl-lora.yaml --hyperparameters repository --dry-run"
     ],

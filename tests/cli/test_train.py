@@ -40,7 +40,9 @@ def test_flags_train_an_adapter_that_loads(base: Path, pairs: Path, tmp_path: Pa
     assert facts["done"] and facts["step"] == 12 and facts["run"] == str(tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(base)
     plan = lorank.load(model, facts["adapter"])
-    assert {place.name.rpartition(".")[2] for place in plan.places} == {"q_proj", "v_proj"} and plan.places[0].spec.rank == 3
+    assert {place.name.rpartition(".")[2] for place in plan.places} == {"q_proj", "v_proj"} and plan.places[
+        0
+    ].spec.rank == 3
     metrics = records_in(tmp_path / "run" / "metrics.jsonl")
     scores = [record["eval_loss"] for record in metrics if "eval_loss" in record]
     assert len(scores) == 4 and facts["best"]["loss"] == min(scores[1:]) < scores[0]

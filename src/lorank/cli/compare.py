@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import err, out, result, say, table
-from .options import Json
+from .console import UsageError, err, out, result, say, table
+from .options import Beams, Json, LengthPenalty, MaxNewTokens, NoRepeat
+
+_WRITING = "What a language model writes"
 
 
 def compare(
@@ -27,6 +29,28 @@ def compare(
     tune_share: Annotated[float, typer.Option(help="share of the training data that rates are chosen on")] = 0.1,
     steps: Annotated[int, typer.Option(min=2, help="steps that are timed")] = 20,
     passes: Annotated[int, typer.Option(min=2, help="forward passes that are timed")] = 30,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="of a language model: score what it writes, by e2e, samsum, ... or names such as bleu,rouge-l-coco",
+            show_default=False,
+            rich_help_panel=_WRITING,
+        ),
+    ] = None,
+    test_data: Annotated[
+        str | None,
+        typer.Option(
+            help="data to write for; default: the recipe's eval_data", show_default=False, rich_help_panel=_WRITING
+        ),
+    ] = None,
+    test_limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="its first so many records", show_default=False, rich_help_panel=_WRITING),
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    beams: Beams = None,
+    length_penalty: LengthPenalty = None,
+    no_repeat_ngram: NoRepeat = None,
     output: Annotated[
         str | None, typer.Option(help="folder of all runs; default: runs/compare-<recipe>", show_default=False)
     ] = None,
@@ -47,6 +71,7 @@ def compare(
       lorank compare sst2.yaml --methods lora,full,bitfit --seeds 5
       lorank compare sst2.yaml --methods 'lora{rank: 4},adapter-h{size: 16},prefix-layer' --rates 0.1,0.3,1,3
       lorank compare sst2.yaml steps=100 --methods lora,full --output runs/quick --json
+      lorank compare e2e.yaml --methods lora,full,prefix-layer --metrics e2e --test-data test.csv --beams 10
     """
     from ..comparison.arms import arms_of
     from ..comparison.report import costs_of, lines_of, write
@@ -61,6 +86,9 @@ def compare(
     if not all(0 < factor < 1e6 for factor in factors) or len(set(factors)) < len(factors):
         raise AdapterError(f"--rates is {rates!r}; factors are different numbers above 0")
     shared = Recipe.of(recipe, parse_overrides(overrides or []))
+    chosen = {"max_new_tokens": max_new_tokens, "beams": beams, "length_penalty": length_penalty}
+    chosen |= {"no_repeat_ngram_size": no_repeat_ngram}
+    texts = _texts(metrics, test_data or shared.eval_data, test_limit, chosen)
     folder = Path(output or f"runs/compare-{Path(recipe).stem}").expanduser()
     arms = arms_of(methods, shared)
     with err.status("looking at every method ..."):
@@ -71,11 +99,14 @@ def compare(
             say(trial.name, "bold")
             _train(trial)
         trial.tidy()
+    written = {}
+    for arm in found.arms if texts else ():
+        written[arm.label] = [_score(trial, texts) for trial in found.final(arm)]
     costs = {}
     for arm in found.arms:
         with err.status(f"timing {arm.label} ..."):
             costs[arm.label] = costs_of(found, arm, steps, passes)
-    lines = lines_of(found, costs)
+    lines = lines_of(found, costs, written)
     facts = write(found, lines, shlex.join(["lorank", *sys.argv[1:]]))
 
     def show() -> None:
@@ -86,6 +117,36 @@ def compare(
         out.print(f"figure: {folder / 'quality.png'}; numbers: {folder / 'results.json'}")
 
     result(facts, as_json, show)
+
+
+def _texts(metrics: str | None, data: str | None, limit: int | None, chosen: dict[str, Any]) -> Any:
+    """Return what is to be written and scored, checked before anything is trained; None without --metrics."""
+    if metrics is None:
+        given = [name for name, value in {**chosen, "test_limit": limit}.items() if value is not None]
+        if given:
+            flag = "--" + given[0].removesuffix("_size").replace("_", "-")
+            raise UsageError(f"{flag} goes with --metrics: nothing is written without it")
+        return None
+    from ..comparison.texts import Texts
+    from ..evaluation import chosen_metrics, require_metrics
+    from .answering import decoding_of
+
+    if data is None:
+        raise UsageError("--metrics needs --test-data, or eval_data in the recipe: prompts with their references")
+    names = chosen_metrics(metrics)
+    require_metrics(names)
+    return Texts(data, limit, tuple(names), decoding_of(chosen))
+
+
+def _score(trial: Any, texts: Any) -> dict[str, float]:
+    """Have a trial's model write, with a bar, and score that."""
+    from rich.progress import Progress
+
+    from ..comparison.texts import scores_of
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task(f"writing: {trial.name}", total=None)
+        return scores_of(trial, texts, lambda done, of: progress.update(bar, completed=done, total=of))
 
 
 def _train(trial: Any) -> None:

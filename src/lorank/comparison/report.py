@@ -29,9 +29,8 @@ class Line:
     """One method."""
 
     method: str
-    score: str
-    values: tuple[float, ...]  # by seed: of the best evaluation of each run
-    last: tuple[float, ...]  # of the last one
+    scores: dict[str, tuple[float, ...]]  # by name, and then by seed: of what each run has kept
+    last: tuple[float, ...]  # of the last evaluation, of the score by which runs are compared
     learning_rate: float
     tuned: dict[str, float]  # the mean score in tuning, by learning rate; {} without tuning
     trainable_parameters: int
@@ -44,21 +43,16 @@ class Line:
     seeds: tuple[int, ...] = field(default=())
 
     @property
-    def mean(self) -> float:
-        return statistics.mean(self.values)
-
-    @property
-    def margin(self) -> float | None:
-        """Half of the 95 % interval of the mean, by Student's t; None for one seed."""
-        return margin_of(self.values)
+    def score(self) -> str:
+        """The first of the scores, which the figure shows."""
+        return next(iter(self.scores))
 
     def shown(self) -> dict[str, str]:
         """Return the cells of the table."""
-        margin = self.margin
         return {
             "method": self.method,
-            self.score: f"{self.mean:.4f}" + ("" if margin is None else f" ± {margin:.4f}"),
-            "seeds": str(len(self.values)),
+            **{name: _with_margin(values) for name, values in self.scores.items()},
+            "seeds": str(len(self.seeds)),
             "rate": f"{self.learning_rate:.3g}",
             "trained": f"{self.trainable_parameters:,}",
             "file": readable(self.bytes),
@@ -67,6 +61,11 @@ class Line:
             "forward": f"{1000 * self.latency:.1f} ms",
             "of base": f"x {self.overhead:.2f}",
         }
+
+
+def _with_margin(values: Sequence[float]) -> str:
+    margin = margin_of(values)
+    return f"{statistics.mean(values):.4f}" + ("" if margin is None else f" ± {margin:.4f}")
 
 
 def margin_of(values: Sequence[float]) -> float | None:
@@ -94,8 +93,15 @@ def costs_of(comparison: Comparison, arm: Arm, steps: int, passes: int) -> dict[
     return found
 
 
-def lines_of(comparison: Comparison, costs: Mapping[str, Mapping[str, Any]]) -> list[Line]:
-    """Return a line for each arm; all its runs must be finished, and its costs known."""
+def lines_of(
+    comparison: Comparison,
+    costs: Mapping[str, Mapping[str, Any]],
+    written: Mapping[str, Sequence[Mapping[str, float]]],
+) -> list[Line]:
+    """Return a line for each arm; all its runs must be finished.
+
+    costs: of each arm, as `costs_of` returns them. written: scores of texts by seed, of each arm; none without texts.
+    """
     lines = []
     for arm in comparison.arms:
         trials = comparison.final(arm)
@@ -109,8 +115,7 @@ def lines_of(comparison: Comparison, costs: Mapping[str, Mapping[str, Any]]) -> 
         lines.append(
             Line(
                 method=arm.label,
-                score=name,
-                values=tuple(best[name] for best in scores if best is not None),
+                scores=_joined(written.get(arm.label, ())) | {name: tuple((best or {})[name] for best in scores)},
                 last=tuple(last_scores(trial.folder)[name] for trial in trials),
                 learning_rate=trials[0].recipe.learning_rate or 0.0,
                 tuned={rate: statistics.mean(values) for rate, values in tuned.items()},
@@ -136,7 +141,7 @@ def write(comparison: Comparison, lines: Sequence[Line], command: str) -> dict[s
         "score": comparison.score,
         "shared": shared,
         "factors": list(comparison.factors),
-        "methods": [asdict(line) | {"mean": line.mean, "margin": line.margin} for line in lines],
+        "methods": [asdict(line) | {"intervals": _intervals(line)} for line in lines],
     }
     rows = [line.shown() for line in lines]
     heads = list(rows[0])
@@ -151,6 +156,17 @@ def write(comparison: Comparison, lines: Sequence[Line], command: str) -> dict[s
     return facts
 
 
+def _joined(scores: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
+    """Return scores by name and then by seed."""
+    return {name: tuple(one[name] for one in scores) for name in scores[0]} if scores else {}
+
+
+def _intervals(line: Line) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {"mean": statistics.mean(values), "margin": margin_of(values)} for name, values in line.scores.items()
+    }
+
+
 def figure(lines: Sequence[Line]) -> bytes:
     """Return a picture of the quality against the number of trained parameters, as Figure 2 of the paper."""
     require("matplotlib", "drawing the figure").use("Agg")
@@ -158,8 +174,9 @@ def figure(lines: Sequence[Line]) -> bytes:
     picture, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     colours = pyplot.get_cmap("tab10")
     for number, line in enumerate(lines):
-        place, colour = (line.trainable_parameters, line.mean), colours(number % 10)
-        axes.errorbar(*place, yerr=line.margin, fmt="o", color=colour, capsize=3, markersize=6)
+        values = line.scores[line.score]
+        place, colour = (line.trainable_parameters, statistics.mean(values)), colours(number % 10)
+        axes.errorbar(*place, yerr=margin_of(values), fmt="o", color=colour, capsize=3, markersize=6)
         axes.annotate(line.method, place, xytext=(7, 5), textcoords="offset points", fontsize=8, color=colour)
     axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{lines[0].score} (mean, 95 % interval)")
     axes.margins(x=0.15)

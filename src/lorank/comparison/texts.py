@@ -1,0 +1,70 @@
+"""What the trained language models of a comparison write, and how good that is."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..data import open_source, rendering_of
+from ..evaluation import Decoding
+from ..formats.safetensors_file import write_atomically
+from ..runs.loading import load_adapted
+from ..surgery import activate
+from ..tasks import CausalLM
+from ..tasks.base import evaluating
+from ..tasks.writing import Output, questions, score, write
+from .trials import Trial
+
+SCORES, OUTPUTS = "scores.json", "outputs.jsonl"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is to be written and by which metrics it is scored."""
+
+    data: str
+    limit: int | None
+    metrics: tuple[str, ...]
+    decoding: Decoding
+    split: str = "test"
+
+
+def scores_of(trial: Trial, texts: Texts, progress: Callable[[int, int], None]) -> dict[str, float]:
+    """Return the scores of what a finished trial's model writes, which is kept in its folder with the references."""
+    path = trial.folder / SCORES
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if set(texts.metrics) <= found.keys():
+            return {name: found[name] for name in texts.metrics}
+    outputs = _written(trial, texts, progress)
+    lines = [
+        {"prompt": one.question.prompt, "output": one.text, "references": list(one.question.references)}
+        for one in outputs
+    ]
+    kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically({trial.folder / OUTPUTS: kept.encode()})
+    found = score(outputs, texts.metrics)
+    write_atomically({path: (json.dumps(found, indent=2) + "\n").encode()})
+    return found
+
+
+def _written(trial: Trial, texts: Texts, progress: Callable[[int, int], None]) -> list[Output]:
+    recipe = trial.recipe
+    whole = recipe.method == "full"
+    adapters = [] if whole else [f"it={trial.folder}"]
+    base = str(trial.folder) if whole else recipe.model
+    loaded = load_adapted(base, adapters, dtype=recipe.dtype, device=recipe.device)
+    activate(loaded.model, *([] if whole else ["it"]))
+    task = _task(recipe, loaded.base.tokenizer)
+    asked = questions(task, open_source(texts.data, texts.split, texts.limit, recipe.reader))
+    found: dict[int, Output] = {}
+    with evaluating(loaded.model):
+        for number, output in write(loaded.model, task, asked, texts.decoding, batch_size=recipe.batch_size):
+            found[number] = output
+            progress(len(found), len(asked))
+    return [found[number] for number in range(len(asked))]
+
+
+def _task(recipe: Any, tokenizer: Any) -> CausalLM:
+    return CausalLM(tokenizer, recipe.max_length or 1024, rendering_of(dataclasses.asdict(recipe), tokenizer))
