@@ -3,9 +3,9 @@
     python -m benchmarks.latency --write docs/results/paper/latency.md
 
 The base, LoRA merged and unmerged, and adapters of Houlsby and Lin of about the same size, all with random weights:
-what is timed does not depend on them. The five models take turns, in an order that moves on by one every round, and what is
-reported is the median of the ratios to the base of the same round, with a 95 % interval of that median by bootstrap.
-Without batches and lengths of your own it is those of the paper.
+what is timed does not depend on them. The five models take turns, in an order that moves on by one every round, and
+what is reported is the median of the ratios to the base of the same round, with a 95 % interval of that median by
+bootstrap. Batches and lengths are those of the paper.
 """
 
 import argparse
@@ -39,8 +39,8 @@ _PAPER = {  # in ms, on a Quadro RTX8000
 def variants(houlsby: int, lin: int, device: str, sizes: dict[str, int]) -> dict[str, Any]:
     """Return the models by name, the base first."""
     torch.manual_seed(0)
-    base = GPT2Model(GPT2Config(**sizes)).to(device).eval().requires_grad_(False)
-    found = {"base": base}
+    base: Any = GPT2Model(GPT2Config(**sizes)).to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    found: dict[str, Any] = {"base": base}
     for name, spec in (
         ("lora, merged", lorank.LoRA(rank=_RANK)),
         ("lora, unmerged", lorank.LoRA(rank=_RANK)),
@@ -109,11 +109,9 @@ def table(batch: int, length: int, size: str, times: dict[str, list[float]], mod
         printed = f"{100 * (paper[name] / paper['base'] - 1):+.1f} %" if name in paper and name != "base" else ""
         printed = "+0 % (one row with the base)" if name == "lora, merged" and paper else printed
         cells = [name, f"{added:,}", f"{1000 * statistics.median(values):,.1f}"]
-        cells += [
-            f"{100 * (statistics.median(ratios) - 1):+.1f} %",
-            f"{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %",
-        ]
-        lines.append("| " + " | ".join([*cells, printed]) + " |")
+        middle, low, high = (100 * (ratio - 1) for ratio in (statistics.median(ratios), low, high))
+        cells += [f"{middle:+.1f} %", f"{low:+.1f} to {high:+.1f} %", printed]
+        lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 

@@ -82,6 +82,7 @@ def train(model: str, data: Path, name: str, rate: float, steps: int) -> Result:
         scored = [event for event in events if isinstance(event, Evaluated)][-1]
         end = events[-1]
         assert isinstance(end, Stopped)
+        assert prepared.plan.spec is not None, "methods of updates alone are compared here"
         head = sum(count(own_parameters(module)) for module in prepared.plan.copies.values())
         return Result(
             method=name,
