@@ -76,6 +76,8 @@ def test_the_same_command_trains_nothing_twice(compared: dict[str, Any]) -> None
     shown = run(*compared["words"])
     assert {path: path.stat().st_mtime_ns for path in compared["folder"].rglob("run.json")} == before
     assert "at inference, adapter-h{size: 4}: two bottlenecks more" in " ".join(shown.stdout.split())
+    more = run_json(*[{"0.5,2": "0.5,2,4"}.get(word, word) for word in compared["words"]])  # rates may be added
+    assert [len(line["tuned"]) for line in more["methods"]] == [3, 3, 3]
     refused("another batch_size", *compared["words"][:2], "batch_size=8", *compared["words"][2:])
 
 

@@ -140,18 +140,19 @@ def settled(comparison: Comparison) -> Comparison:
 
 
 def remember(comparison: Comparison) -> None:
-    """Write down what is compared; raises AdapterError where the folder has a comparison of something else."""
+    """Write down what is compared; raises AdapterError where the folder has a comparison of something else.
+
+    Methods, seeds and rates may be added: a run is known by its rate and seed.
+    """
     path = comparison.output / SETTINGS
     now = {
         "shared": dataclasses.asdict(comparison.shared),
-        "factors": list(comparison.factors),
-        "tune_seeds": comparison.tune_seeds,
         "tune_share": comparison.tune_share,
     }
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [key for key in now["shared"] if before["shared"].get(key) != now["shared"][key]]  # type: ignore[attr-defined]
-        other += [key for key in ("factors", "tune_seeds", "tune_share") if before[key] != now[key]]
+        other += ["tune_share"] if before["tune_share"] != now["tune_share"] else []
         other = [key for key in other if key != "output"]
         if other:
             raise AdapterError(
