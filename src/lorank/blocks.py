@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .adapted import base_class
-from .errors import AdapterError, enumerate_names
+from .errors import AdapterError, did_you_mean, enumerate_names
 from .hosts import NoHost
 from .names import Names
 
@@ -58,17 +58,25 @@ def stacks_of(names: Names) -> dict[str, list[str]]:
         if not isinstance(module, nn.ModuleList) or inside or names.canonical[name] != name:
             continue
         blocks = [child for child in module._modules.values() if child is not None]
-        if len({base_class(block) for block in blocks}) == 1 and any(blocks[0].children()):
+        alike = len({base_class(block) for block in blocks}) == 1
+        if alike and any(blocks[0].children()) and not isinstance(blocks[0], nn.ModuleList):
             found[name] = [f"{name}.{child}".removeprefix(".") for child in module._modules]
     return found
 
 
-def blocks_of(names: Names, purpose: str) -> list[str]:
-    """Return the names of the blocks of a model that has one stack of them; raises AdapterError for another."""
+def blocks_of(names: Names, purpose: str, stack: str = "") -> list[str]:
+    """Return the names of the blocks of a model's stack.
+
+    stack: the name of the list, of a model with several. Raises AdapterError where it is not known which is meant.
+    """
     stacks = stacks_of(names)
+    if stack:
+        if stack not in stacks:
+            raise AdapterError(f"{purpose}: there is no list of blocks '{stack}'; {did_you_mean(stack, stacks)}")
+        return stacks[stack]
     if len(stacks) != 1:
-        found = f"it has {len(stacks)}: {enumerate_names(stacks)}" if stacks else "it has none"
-        raise AdapterError(f"{purpose} needs a model with one stack of blocks (a ModuleList of like modules); {found}")
+        found = f"has {len(stacks)}: {enumerate_names(stacks)}; say which with stack=" if stacks else "has none"
+        raise AdapterError(f"{purpose} needs to know the list of blocks (a ModuleList), and the model {found}")
     return next(iter(stacks.values()))
 
 

@@ -120,6 +120,8 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters if not isinstance(p, UninitializedParameter))
 
 
+_CONFIGURATIONS = ("PretrainedConfig", "PreTrainedConfig")  # transformers' older and newer name
+
 # The hooks of a module itself. They run for the layer, so its copy, which runs in the layer's forward, has none.
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -132,12 +134,15 @@ def pristine_copy(module: nn.Module) -> nn.Module:
 
     Parameters of a half-precision base are kept in float32, in which small steps are not rounded away.
     """
+    # What is set in the model's configuration later, such as how attention is computed, holds for the copy too.
+    held = [value for _, m in base_modules(module) for value in vars(m).values()]
+    shared = {id(value): value for value in held if any(c.__name__ in _CONFIGURATIONS for c in type(value).__mro__)}
     copy: nn.Module
     if isinstance(module, Adapted):
-        copy = deepcopy(module, {id(module.adapters): nn.Module()})  # a stand-in, so that no adapter is copied
+        copy = deepcopy(module, {id(module.adapters): nn.Module(), **shared})  # a stand-in: no adapter is copied
         restore_class(copy)
     else:
-        copy = deepcopy(module)
+        copy = deepcopy(module, shared)
     for hooks in _HOOKS:
         copy.__dict__[hooks] = type(copy.__dict__[hooks])()
     for parameter in copy.parameters():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .adapted import Adapters, why_not_attachable
-from .baselines import Arrangement, Baseline
+from .baselines import Arrangement, Baseline, BitFit
 from .companions import Parts, why_no_bias_offset
 from .copies import count, find_copies, moving_statistics, own_parameters
 from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problems
@@ -135,7 +135,8 @@ def _selection(
     """Return what the targets select for the updates; baselines have places of their own."""
     if update is not None:
         return select(model, targets, names)  # type: ignore[arg-type]  # None is answered as any other mistake
-    return exclusions(model, targets, names, " and ".join(baseline.variant for baseline in baselines))
+    method = " and ".join(baseline.variant for baseline in baselines)
+    return exclusions(model, targets, names, method, allowed=any(isinstance(one, BitFit) for one in baselines))
 
 
 def _arranged(baseline: Baseline, model: nn.Module, names: Names, problems: list[str]) -> Arrangement:

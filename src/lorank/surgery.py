@@ -57,7 +57,7 @@ def adapt(
     targets: layers by the end of their names ("q_proj", "self_attn.q_proj"), patterns ("layers.*.q_proj",
         "re:..."), the words "all-linear" and "attention", parts of a fused projection ("c_attn[q,v]"), a
         function (name, layer) -> bool, or a list of these; a leading "!" excludes. Baselines have places of their
-        own, and take no targets other than exclusions.
+        own, and take no targets (BitFit takes exclusions); beside an update targets are the update's alone.
     name: of the adapter, for `activate`, `save` and the others.
     ranks, alphas: {pattern: value} for layers that differ from the spec. A layer with another rank keeps its
         alpha, so its scale changes too.

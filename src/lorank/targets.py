@@ -95,15 +95,19 @@ def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
     return selection
 
 
-def exclusions(model: nn.Module, targets: Targets | None, names: Names, method: str) -> Selection:
-    """Return what targets exclude, for a method that has places of its own and lets targets say no more than that."""
+def exclusions(model: nn.Module, targets: Targets | None, names: Names, method: str, *, allowed: bool) -> Selection:
+    """Return what targets exclude, for methods that have places of their own.
+
+    allowed: whether there is anything that they could exclude, which are biases alone.
+    """
     selection = Selection()
     wanted = [targets] if isinstance(targets, str) or callable(targets) else list(targets or ())
     for target in wanted:
-        if isinstance(target, str) and target.startswith("!"):
+        if allowed and isinstance(target, str) and target.startswith("!"):
             _exclude(target, model, names, selection)
         else:
-            selection.problems.append(f"{method} has its own places; targets can only exclude, as '!lm_head' does")
+            can = ", and can only exclude biases ('!lm_head')" if allowed else ""
+            selection.problems.append(f"{method} has its own places; targets say nothing to it{can}")
     return selection
 
 

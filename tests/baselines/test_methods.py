@@ -2,15 +2,18 @@
 
 import copy
 import pickle
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lorank
 from lorank import AdapterError, AdapterWarning, LoRA
-from lorank.baselines import BASELINES, AdapterD, AdapterH, BitFit, Full, PrefixEmbedding, PrefixLayer, TopK
+from lorank.baselines import BASELINES, AdapterD, AdapterH, AdapterP, BitFit, Full, PrefixEmbedding, PrefixLayer, TopK
 from lorank.formats import detect, read
+from lorank.models import recompute_activations
 
 from .. import models
 from .cases import ARCHITECTURES, FROM_THE_BASE, METHODS, PAIRS, adapted, logits, loss, surrounded
@@ -134,10 +137,12 @@ def test_baselines_are_known_by_their_names() -> None:
     "spec, targets, reason",
     [
         (Full(), None, "full fine-tuning is no adapter"),
-        (BitFit(), "c_attn", "bitfit has its own places; targets can only exclude"),
+        (BitFit(), "c_attn", "bitfit has its own places; targets say nothing to it, and can only exclude biases"),
+        (AdapterH(), "!h.0", "adapter-h has its own places; targets say nothing to it"),
         (TopK(3), None, "top-k is to train 3 blocks, and the model has 2"),
         (AdapterD(drop=2), None, "drops those of the first 2 blocks, and there are 2"),
         (AdapterH(places=("nothing",)), None, "places: 'nothing' names no module"),
+        (TopK(1, stack="h"), None, "there is no list of blocks 'h'; known are transformer.h"),
         (AdapterH(places=("wte",)), None, "wte: nothing can be put behind it"),
         ([AdapterH(), AdapterH(size=2)], None, "adapter-h, adapter-h in one adapter"),
         ([LoRA(), lorank.DoRA()], "c_attn", "it can have one method of updates"),
@@ -168,6 +173,7 @@ def test_dora_has_nothing_behind_it() -> None:
     [
         (lambda: AdapterH(size=0), "size is 0; it must be a whole number of at least 1"),
         (lambda: AdapterH(places=[""]), "must be names of modules"),  # type: ignore[arg-type]
+        (lambda: AdapterH(places=3), "must be names of modules"),  # type: ignore[arg-type]
         (lambda: AdapterD(drop=-1), "drop is -1"),
         (lambda: TopK(True), "blocks is True"),
         (lambda: PrefixLayer(0, 0), "there would be nothing to train"),
@@ -177,3 +183,92 @@ def test_dora_has_nothing_behind_it() -> None:
 def test_values_are_checked(make: object, reason: str) -> None:
     with pytest.raises(AdapterError, match=reason):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("make", [models.llama, models.gpt2, models.bert])
+def test_a_copied_block_is_one_block_to_the_model(make: Any) -> None:
+    """Its outputs are noted once, and how attention is computed can be changed later."""
+    model, ids = make(attn_implementation="eager"), models.ids()
+    lorank.adapt(model, TopK(1))
+    with torch.no_grad():
+        found = model(ids, output_hidden_states=True)
+        assert len(found.hidden_states) == 3
+        model.set_attn_implementation("sdpa")
+        again = model(ids).logits
+        torch.testing.assert_close(again, found.logits)
+        if make is not models.bert:  # later tokens change nothing before them
+            other = ids.clone()
+            other[:, 2:] = 7
+            torch.testing.assert_close(model(other).logits[:, :2], again[:, :2])
+
+
+def test_a_copied_block_of_a_half_precision_base_is_checkpointed() -> None:
+    model, ids = models.llama().bfloat16(), models.ids()
+    lorank.adapt(model, TopK(1))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            recompute_activations(model)
+        model.train().zero_grad()
+        model(ids).logits.float().square().mean().backward()
+        found.append([parameter.grad.clone() for parameter in lorank.adapter_parameters(model).values()])  # type: ignore
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+def test_a_norm_that_is_read_without_being_called_takes_nothing_behind_it() -> None:
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    with pytest.raises(AdapterError, match="its weights are read without it being called"):
+        lorank.adapt(model, AdapterP(4, places=("norm2",)))
+
+
+def test_embeddings_in_the_place_of_ids_have_no_special_tokens() -> None:
+    model, ids = models.llama(), models.ids()
+    lorank.adapt(model, PrefixLayer(2, 1))
+    logits(model, surrounded(model, ids))
+    with pytest.raises(AdapterError, match="give input_ids"), torch.no_grad():
+        model(inputs_embeds=torch.randn(3, 10, 32))
+    with pytest.raises(AdapterError, match="there is no token 100"):
+        logits(model, torch.tensor([[97, 98, 5, 100]]))
+
+
+def test_threads_have_batches_of_their_own() -> None:
+    model = models.llama()
+    lorank.adapt(model, PrefixLayer(3, 2))
+    batches = [surrounded(model, models.ids(2, 9)), surrounded(model, models.ids(2, 14))[:, :14]]
+    expected = [logits(model, batch) for batch in batches]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(30):
+            if not torch.allclose(logits(model, batches[number]), expected[number], atol=1e-5):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("spec", [PrefixEmbedding(2, 1), PrefixLayer(2, 1)])
+def test_models_of_two_stacks_are_refused(spec: Any) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes: dict[str, Any] = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    with pytest.raises(AdapterError, match="this one has an encoder and a decoder"):
+        lorank.adapt(T5ForConditionalGeneration(T5Config(**sizes)), spec)
+
+
+def test_rows_have_the_width_of_the_blocks() -> None:
+    from transformers import ElectraConfig, ElectraModel
+
+    sizes: dict[str, Any] = {"vocab_size": 60, "embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 40}
+    model = ElectraModel(ElectraConfig(**sizes)).eval()
+    lorank.adapt(model, PrefixLayer(2, 1))
+    ids = surrounded(model, torch.randint(5, 60, (2, 6)))
+    model(ids).last_hidden_state.sum().backward()
+    assert {tuple(p.shape) for p in lorank.adapter_parameters(model).values()} == {(3, 16)}

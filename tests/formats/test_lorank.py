@@ -11,7 +11,7 @@ import torch
 
 import lorank
 from lorank import AdapterError, AdapterWarning, LoRA, arithmetic
-from lorank.baselines import AdapterH, BitFit, PrefixEmbedding
+from lorank.baselines import AdapterH, AdapterP, BitFit, PrefixEmbedding
 from lorank.formats import detect, read
 from lorank.formats.lorank import TENSORS
 
@@ -147,3 +147,27 @@ def test_another_dtype_of_the_base_is_said(tmp_path: Path) -> None:
     lorank.remove(model)
     with pytest.warns(AdapterWarning, match="in another dtype"):
         lorank.load(model.bfloat16(), tmp_path)
+
+
+def test_names_with_slashes_come_back(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"a/b": torch.nn.Linear(4, 4), "a": torch.nn.LayerNorm(4)})
+    lorank.adapt(model, [LoRA(rank=1), AdapterP(2, places=("a",)), BitFit()], ["a/b"])
+    models.disturb(model)
+    lorank.save(model, tmp_path)
+    own = [parameter.detach().clone() for parameter in lorank.adapter_parameters(model).values()]
+    lorank.load(model, tmp_path, "again")
+    there = list(lorank.adapter_parameters(model, "again").values())
+    for parameter, other in zip(own, there, strict=True):
+        torch.testing.assert_close(parameter, other.detach())
+
+
+def test_peft_s_layout_is_refused_for_what_has_no_update(tmp_path: Path) -> None:
+    model = models.gpt2()
+    lorank.adapt(model, BitFit())
+    with pytest.raises(AdapterError, match="knows no base"):
+        lorank.save(model, tmp_path / "a", format="peft")
+    lorank.save(model, tmp_path / "b")
+    with torch.device("meta"):
+        empty = models.gpt2()
+    with pytest.raises(AdapterError, match="the model is on the meta device; load its weights first"):
+        lorank.load(empty, tmp_path / "b")

@@ -59,7 +59,8 @@ class Baseline(ABC):
             raise AdapterError(f"the {name} in the file does not fit this lorank: {error}") from None
 
     def __str__(self) -> str:
-        values = ", ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != ())
+        named = {one.name: getattr(self, one.name) for one in fields(self)}
+        values = ", ".join(f"{name} {value}" for name, value in named.items() if value not in ((), ""))
         return f"{self.variant} ({values})" if values else self.variant
 
 

@@ -3,13 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapted import Adapted
+from ..adapted import base_class
 from ..blocks import Anatomy, anatomy_of, stacks_of, width_of
 from ..errors import AdapterError, enumerate_names, raise_problems
 from ..hosts import NoHost
@@ -25,6 +25,7 @@ class Place:
     module: str
     width: int
     beside: str
+    renormed: bool = False  # the module is a norm, which is run again
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Bottleneck(Baseline):
 
     def __post_init__(self) -> None:
         problems = whole_number_problems(self, size=1)
-        places = (self.places,) if isinstance(self.places, str) else tuple(self.places)
+        listed = isinstance(self.places, list | tuple)
+        places = tuple(self.places) if listed else (self.places,)
         object.__setattr__(self, "places", places)
         if not all(isinstance(place, str) and place for place in places):
             problems.append(f"places are {places!r}; they must be names of modules")
@@ -90,28 +92,30 @@ class Bottleneck(Baseline):
             problems += [f"places: {problem}"] if problem else []
             for name in found:
                 try:
-                    yield Place(name, _width(name, names), name)
+                    yield Place(name, _width(name, names), name, self.renorms(names.modules[name]))
                 except NoHost as error:
                     problems.append(f"places: {name}: {error}")
         raise_problems(f"{self.variant} cannot be used", problems)
 
     def _builder(self, place: Place, names: Names) -> Build:
-        module, beside = names.modules[place.module], names.modules[place.beside]
-        kind = Renormed if self.renorms(module) else BottleneckAdapter
+        beside = names.modules[place.beside]
+        kind = Renormed if place.renormed else BottleneckAdapter
         return lambda device: kind(self, place.width, next(beside.parameters()), device)
 
     def renorms(self, module: nn.Module) -> bool:
-        """Tell whether the adapter at a module is added in front of it, which is a norm, and reads its output."""
+        """Tell whether the adapter at a module that a user names is added in front of it, and reads its output."""
         return False
 
 
 def _width(name: str, names: Names) -> int:
     """Return the width of a module's output; raises NoHost for one behind which nothing can be put."""
     module: Any = names.modules[name]
+    if names.read_without_call(name):
+        raise NoHost("its weights are read without it being called, so that nothing can be put behind it")
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[-1]
     host = names.host(name)
-    if host.parts(module) != ("weight",) or not host.additive or host.lookup or names.read_without_call(name):
+    if host.parts(module) != ("weight",) or not host.additive or host.lookup:
         raise NoHost("nothing can be put behind it; name a linear layer or a layer norm")
     return host.shape(module, "weight")[0]
 
@@ -159,7 +163,10 @@ class AdapterP(Bottleneck):
 
     def in_block(self, block: str, anatomy: Anatomy, width: int) -> Iterator[Place]:
         projection = f"{block}.{anatomy.feed_forward.projection}"
-        yield Place(f"{block}.{anatomy.norm}" if anatomy.norm else block, width, projection)
+        if anatomy.norm is not None:
+            yield Place(f"{block}.{anatomy.norm}", width, projection, renormed=True)
+        else:
+            yield Place(block, width, projection)
 
     def renorms(self, module: nn.Module) -> bool:
         return isinstance(module, nn.LayerNorm)
@@ -199,7 +206,7 @@ class BottleneckAdapter(Inserted):
 
     spec: Bottleneck
     # `up` starts at zero, and what lies in front of it has no gradient before it moves.
-    partners = (("down", "down_bias", "norm", "norm_bias", "up"),)
+    partners = (("down", "down_bias", "norm", "norm_bias", "up", "up_bias"),)
 
     def __init__(self, spec: Bottleneck, width: int, like: Tensor, device: torch.device | None):
         super().__init__()
@@ -250,4 +257,4 @@ class Renormed(BottleneckAdapter):
     behind = False  # the norm is run again, without what others add to its output
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return cast(Adapted, layer).base_forward(x + self.bottleneck(y))
+        return base_class(layer).forward(layer, x + self.bottleneck(y))

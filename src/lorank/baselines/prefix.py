@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import blocks_of
+from ..blocks import anatomy_of, blocks_of, width_of
 from ..errors import AdapterError, raise_problems
 from ..names import Names
 from ..variants import Adapter, materialised
@@ -35,6 +35,8 @@ class Prefix(Baseline):
         embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore
         if not isinstance(embedding, nn.Embedding):
             raise AdapterError(f"{self.variant} needs a model with an embedding of tokens (get_input_embeddings)")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise AdapterError(f"{self.variant} is for models of one stack; this one has an encoder and a decoder")
         name = next(name for name, module in names.modules.items() if module is embedding)
         running = Running(SpecialTokens(embedding.num_embeddings, self.prefix, self.infix))
         return Arrangement(inserted=self.modules(name, embedding, running, names))
@@ -55,7 +57,7 @@ class PrefixEmbedding(Prefix):
     prefix: int = 64
 
     def modules(self, name: str, embedding: nn.Embedding, running: Running, names: Names) -> dict[str, Build]:
-        return {name: lambda device: SpecialEmbedding(self, running, embedding, device)}
+        return {name: lambda device: SpecialEmbedding(self, running, embedding, device, embedding.embedding_dim)}
 
 
 @register("prefix-layer")
@@ -63,15 +65,24 @@ class PrefixEmbedding(Prefix):
 class PrefixLayer(Prefix):
     """The special tokens have trained activations at every block: L · d · (prefix + infix) parameters.
 
+    stack: the name of the list of blocks, of a model with several.
+
     What the blocks below make of the tokens is replaced by trained rows, at the input of every block. (The paper says
     "after every Transformer layer"; rows after the last one would have no effect.)
     """
 
+    stack: str = ""
+
     def modules(self, name: str, embedding: nn.Embedding, running: Running, names: Names) -> dict[str, Build]:
         found: dict[str, Build] = {name: lambda device: SpecialMarks(self, running)}
-        for block in blocks_of(names, self.variant):
-            found[block] = lambda device: SpecialActivations(self, running, embedding, device)
-        return found
+        blocks = blocks_of(names, self.variant, self.stack)
+        anatomy = anatomy_of(blocks[0], names)
+        width = width_of(blocks[0], anatomy, names) if anatomy is not None else embedding.embedding_dim
+
+        def build(last: bool) -> Build:
+            return lambda device: SpecialActivations(self, running, embedding, device, width, last)
+
+        return found | {block: build(block == blocks[-1]) for block in blocks}
 
 
 class SpecialMarks(Inserted):
@@ -96,20 +107,26 @@ class SpecialMarks(Inserted):
 class _Rows(SpecialMarks):
     """A trained row for each special token."""
 
-    def __init__(self, spec: Prefix, running: Running, embedding: nn.Embedding, device: torch.device | None):
+    def __init__(
+        self, spec: Prefix, running: Running, embedding: nn.Embedding, device: torch.device | None, width: int
+    ):
         super().__init__(spec, running)
         weight = embedding.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        shape = (len(running.tokens), weight.shape[1])
+        shape = (len(running.tokens), width)
         self.rows = nn.Parameter(torch.empty(shape, device=device or weight.device, dtype=dtype))
-        # The spread of the vocabulary's embeddings, so that the tokens begin as long as others are.
-        self.spread = 0.02 if weight.is_meta else float(weight.detach().float().std())
+        self.spread = _spread(embedding)
         if not self.rows.is_meta:
             with torch.no_grad():
                 self.start()
 
     def start(self) -> None:
         nn.init.normal_(self.rows, std=self.spread)
+
+    def reset_parameters(self, layer: nn.Module) -> None:
+        if isinstance(layer, nn.Embedding):
+            self.spread = _spread(layer)  # on the meta device it was not known
+        super().reset_parameters(layer)
 
     def extra_repr(self) -> str:
         return str(self.spec)
@@ -126,10 +143,30 @@ class SpecialEmbedding(_Rows):
 class SpecialActivations(_Rows):
     """At a block: the rows are what the special tokens enter it as."""
 
+    def __init__(
+        self,
+        spec: Prefix,
+        running: Running,
+        embedding: nn.Embedding,
+        device: torch.device | None,
+        width: int,
+        last: bool,
+    ):
+        super().__init__(spec, running, embedding, device, width)
+        self.last = last
+
     def prepare(self, layer: nn.Module, x: Tensor) -> Tensor:
         checkpointed = bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
-        ids = self.running.at_block(x, checkpointed)
+        ids = self.running.at_block(x, checkpointed, self.last)
         return x if ids is None else self.running.put(materialised(self.rows, x), ids, x)
+
+
+def _spread(embedding: Any) -> float:
+    """Return how far the embeddings of the vocabulary spread, so that special tokens begin as long as others are."""
+    weight = embedding.weight
+    if weight.is_meta:
+        return 0.02  # what most models are initialised with; `reset` looks again
+    return float(weight.detach().float().std()) * float(getattr(embedding, "embed_scale", 1.0))
 
 
 def special_tokens_of(leaves: Iterable[Adapter]) -> SpecialTokens | None:

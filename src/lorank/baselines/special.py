@@ -1,5 +1,6 @@
 """Special tokens around a prompt: their numbers, where they stand in an input, and which batch has them."""
 
+import threading
 from array import array
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AdapterError
+
+_REMEMBERED = 4096  # activations of checkpointed blocks that await their backward pass
 
 
 @dataclass(frozen=True)
@@ -32,54 +35,76 @@ class SpecialTokens:
         return ids[:begin] + array(ids.typecode, before) + ids[begin:end] + array(ids.typecode, behind) + ids[end:]
 
 
+class _Batch(threading.local):
+    """The batch that runs in a thread."""
+
+    ids: Tensor | None = None  # (batch, length), as the model was given them; None without special tokens
+    begun = False  # it went through the embedding, and not through the last block yet
+    seen = False  # special tokens were seen, in whatever batch
+
+
 class Running:
     """Which tokens of the batch that runs are special. One object for all modules of an adapter; no part of a copy."""
 
     def __init__(self, tokens: SpecialTokens):
         self.tokens = tokens
-        self.ids: Tensor | None = None  # (batch, length), as the model was given them; None without special tokens
-        self.seen = False  # special tokens were seen, in whatever batch
+        self._batch = _Batch()
         self.recomputed: dict[int, Tensor | None] = {}  # ids, by the address of the activations that a block was given
 
     def __reduce__(self) -> Any:
         return Running, (self.tokens,)
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The ids of the batch that runs (batch, length); None without special tokens."""
+        return self._batch.ids
 
     def begin(self, ids: Tensor, vocabulary: int) -> Tensor:
         """Note the ids of a batch, and return them with a token of the vocabulary in the place of special ones.
 
         Raises AdapterError when none is special and none ever was: the model would run as if it had no adapter.
         """
-        if vocabulary != self.tokens.first:
+        first, end = self.tokens.first, self.tokens.first + len(self.tokens)
+        if vocabulary != first:
             raise AdapterError(
-                f"the vocabulary has {vocabulary} tokens; it had {self.tokens.first} when the adapter with the special "
-                "tokens was put on the model, and their numbers follow on its last"
+                f"the vocabulary has {vocabulary} tokens; it had {first} when the adapter with the special tokens was "
+                "put on the model, and their numbers follow on its last"
             )
-        special = ids >= self.tokens.first
-        found = ids.is_meta or bool(special.any())
-        if not found and not self.seen:
+        highest = end - 1 if ids.is_meta else int(ids.max())
+        if highest >= end:
+            raise AdapterError(f"there is no token {highest}: the vocabulary and the special tokens are {end}")
+        if highest < first and not self._batch.seen:
             raise AdapterError(
                 f"the input has none of the {len(self.tokens)} special tokens of the active adapter, which would "
                 "change nothing: put them around each prompt with lorank.special_tokens(model)"
             )
-        self.seen = self.seen or not ids.is_meta
-        self.ids = ids if found else None
-        return ids.masked_fill(special, 0)
+        self._batch.seen = self._batch.seen or not ids.is_meta
+        self._batch.begun, self._batch.ids = True, ids if highest >= first else None
+        return ids.masked_fill(ids >= first, 0)
 
-    def at_block(self, hidden: Tensor, checkpointed: bool) -> Tensor | None:
+    def at_block(self, hidden: Tensor, checkpointed: bool, last: bool) -> Tensor | None:
         """Return the ids for activations (batch, length, width) that a block is given; None without special tokens.
 
         checkpointed: the block is run again in the backward pass, when other batches may have run in the meantime.
+        last: it is the last block, behind which the batch is done.
         """
-        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
-            if checkpointed:
-                self.recomputed[hidden.data_ptr()] = self.ids
-            return self.ids
-        if hidden.data_ptr() not in self.recomputed:
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass
+            if hidden.data_ptr() not in self.recomputed:
+                raise AdapterError(
+                    "a block is run again in the backward pass, and the prefix cannot tell for which batch; turn "
+                    "gradient checkpointing on by the model's own gradient_checkpointing_enable()"
+                )
+            return self.recomputed[hidden.data_ptr()]
+        if not self._batch.begun:
             raise AdapterError(
-                "a block is run again in the backward pass, and the prefix cannot tell for which batch; turn gradient "
-                "checkpointing on by the model's own gradient_checkpointing_enable()"
+                "the model was given embeddings (inputs_embeds), in which special tokens cannot be told; give input_ids"
             )
-        return self.recomputed[hidden.data_ptr()]
+        if checkpointed:
+            self.recomputed[hidden.data_ptr()] = self.ids
+            if len(self.recomputed) > _REMEMBERED:
+                del self.recomputed[next(iter(self.recomputed))]
+        self._batch.begun = not last
+        return self.ids
 
     def put(self, rows: Tensor, ids: Tensor, y: Tensor) -> Tensor:
         """Return y (batch, length, width) with the special tokens' rows (number, width) in their places."""

@@ -98,6 +98,8 @@ def write(content: Content, path: Path, format: str, model: nn.Module | None) ->
     """Write an adapter in a format; return what the file says in another way than the adapter, method included."""
     if format != "lorank":
         problems = [f"{baseline} runs beside the layers" for baseline in content.baselines]
+        if format == "peft" and content.landmarks:
+            problems.append("it has no update of a matrix, without which PEFT loads nothing and knows no base")
         own = lorank.TENSORS
         problems += [f"{path} has an adapter in lorank's own format ({own})"] if (path / own).is_file() else []
         raise_problems(f"cannot write it in the format '{format}'", problems)

@@ -49,6 +49,8 @@ def landmark_problems(content: Content, names: Names, allow_other_base: bool) ->
     for name, then in content.landmarks.items():
         try:
             host, layer = names.host(name), names.modules[name]
+            if host.matrix(layer, "weight").is_meta:
+                return ["the model is on the meta device; load its weights first"]
             compared[name] = compare(then, host.matrix(layer, "weight"), host.dtype_name(layer, "weight"))
         except (KeyError, NoHost):
             return [f"the adapter was trained on a base with a layer {name}, which this model has not"]

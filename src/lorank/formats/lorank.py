@@ -6,12 +6,16 @@ trained.
 
     updates/<layer>/<part>/<tensor>    inserted/<module>/<tensor>    biases/<layer>
     copies/<module>/<tensor>           tokens/<layer>
+
+A slash in a module's own name, and what else is no letter or digit of a name, is written as in an address (%2F).
 """
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import quote as quoted, unquote
 
 import safetensors
 from safetensors import SafetensorError
@@ -26,6 +30,8 @@ from ..tied import Tie
 from ..variants import METHODS, LoRA, Spec
 from . import safetensors_file
 from .content import Content, Given, LayerUpdate, as_json, nothing_to_tell, refuse_given, take_about
+
+quote = partial(quoted, safe="")
 
 TENSORS = "adapter_lorank.safetensors"
 _KEY = "lorank.adapter"
@@ -54,12 +60,15 @@ def write(content: Content, path: Path, model: nn.Module | None) -> list[str]:
     others = [name for name in ("adapter_config.json", "adapter_model.safetensors") if (path / name).is_file()]
     if others:
         raise AdapterError(f"cannot save: {path} has an adapter in another format already ({', '.join(others)})")
-    tensors = {f"biases/{layer}": bias for layer, bias in content.biases.items()}
-    tensors |= {f"tokens/{layer}": rows for layer, (_, rows) in content.tokens.items()}
-    tensors |= {f"copies/{name}/{key}": t for name, copy in content.copies.items() for key, t in copy.items()}
-    tensors |= {f"inserted/{name}/{key}": t for name, (_, own) in content.inserted.items() for key, t in own.items()}
+    tensors = {f"biases/{quote(layer)}": bias for layer, bias in content.biases.items()}
+    tensors |= {f"tokens/{quote(layer)}": rows for layer, (_, rows) in content.tokens.items()}
+    for name, copy in content.copies.items():
+        tensors |= {f"copies/{quote(name)}/{key}": tensor for key, tensor in copy.items()}
+    for name, (_, own) in content.inserted.items():
+        tensors |= {f"inserted/{quote(name)}/{key}": tensor for key, tensor in own.items()}
     for layer, update in content.updates.items():
-        tensors |= {f"updates/{layer}/{p}/{key}": t for p, own in update.tensors.items() for key, t in own.items()}
+        for part, own in update.tensors.items():
+            tensors |= {f"updates/{quote(layer)}/{part}/{key}": tensor for key, tensor in own.items()}
     packed = safetensors_file.pack(tensors)
     account = {
         "version": _VERSION,
@@ -106,7 +115,7 @@ def _by_section(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {section: {} for section in _SECTIONS}
     for key, tensor in tensors.items():
         section, _, rest = key.partition("/")
-        found[section][rest] = tensor
+        found[section][unquote(rest) if section in ("biases", "tokens") else rest] = tensor
     return found
 
 
@@ -145,7 +154,7 @@ def _nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, rest = key.partition("/")
-        found.setdefault(name, {})[rest] = tensor
+        found.setdefault(unquote(name), {})[rest] = tensor
     return found
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..calibrating import calibrated_leaves
 from ..errors import AdapterError, enumerate_names, raise_problems
-from ..formats import read
+from ..formats import Content, read
 from ..formats.fitting import fit
 from ..names import label_of, lies_in
 from ..planning import Plan
@@ -51,7 +51,7 @@ def start_from(source: str, model: nn.Module, plan: Plan, about: Mapping[str, An
         wanted = {name: value for name, value in own.items() if not any(lies_in(name, [copy]) for copy in anew)}
         raise_problems(
             f"cannot start from {source}",
-            _differences(given, wanted) + _other_scales(model, plan.adapter),
+            _differences(given, wanted) + _other_scales(model, plan.adapter) + _other_baselines(content, plan),
         )
         with torch.no_grad():
             for name, parameter in wanted.items():
@@ -94,6 +94,13 @@ def _other_scales(model: nn.Module, adapter: str) -> list[str]:
         return []
     first = min(other)
     return [f"its scale is {before[first]:g} on {first} and this recipe's {now[first]:g}: give the same alpha and rank"]
+
+
+def _other_baselines(content: Content, plan: Plan) -> list[str]:
+    """Return a problem where what runs beside the layers was asked for otherwise: its values would mean another."""
+    own = {baseline.variant: baseline for baseline in plan.baselines}
+    other = [one for one in content.baselines if own.get(one.variant) != one]
+    return [f"it has {one}, and this recipe {own.get(one.variant, 'has none')}" for one in other]
 
 
 def _scales(model: nn.Module, adapter: str) -> dict[str, float]:

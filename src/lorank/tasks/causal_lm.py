@@ -61,6 +61,8 @@ class CausalLM(Task):
         labels = example.labels
         assert isinstance(labels, array), "a label a token"
         trained = [i for i, label in enumerate(labels) if label != IGNORED]
+        if self.special is not None and self.special.infix and trained[0] == 0:
+            raise AdapterError("infix tokens stand behind the prompt, and all of the text is trained on; take infix=0")
         if self.special is not None and self.special.infix and trained[-1] - trained[0] >= len(trained):
             raise AdapterError(
                 "infix tokens stand behind the prompt, and there are examples with several answers, each behind a "
