@@ -228,6 +228,9 @@ def run_copy(layer: nn.Module, copy: nn.Module, args: tuple[Any, ...], kwargs: d
         parameters = {f"copy.{name}": copy.get_parameter(name).to(dtype) for name, dtype in narrower.items()}
         return torch.func.functional_call(_Forward(copy), parameters, args, kwargs)
 
+    if torch.compiler.is_compiling():  # which makes no modules, and no hooks that a model adds for one call
+        parameters = {name: copy.get_parameter(name).to(dtype) for name, dtype in narrower.items()}
+        return torch.func.functional_call(copy, parameters, args, kwargs)
     if not (getattr(copy, "gradient_checkpointing", False) and copy.training and torch.is_grad_enabled()):
         return rounded(*args)
     return cast(Any, copy)._gradient_checkpointing_func(functools.partial(_unchecked, copy, rounded), *args)
