@@ -131,6 +131,9 @@ def test_words_of_the_command_are_checked(bert: Path, tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path, bert, cases.sentiments(tmp_path / "d.tsv"))
     refused("give factors such as", "compare", recipe, "--rates", "fast")
     refused("factors are different numbers above 0", "compare", recipe, "--rates", "1,1")
+    refused("the recipe needs eval_data", "compare", recipe, "--rates", "1,2", "--output", tmp_path / "out")
+    refused("nothing is held out", "compare", recipe, "eval_share=0", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_intervals_are_student_s() -> None:

@@ -152,3 +152,35 @@ def test_full_training_starts_from_a_model(bert: Path, three: Path, tmp_path: Pa
     own = {"method": "full", "rank": None, "alpha": None, "dropout": 0.0, "init_adapter": str(three)}
     with pytest.raises(AdapterError, match="give a trained model as the model"):
         cases.begin(cases.recipe(bert, cases.sentiments(tmp_path / "two.tsv"), tmp_path / "run", **own))
+
+
+@pytest.mark.parametrize("method", ["lora-fa", "pissa", "vera", "dora"])
+def test_all_of_an_update_is_taken_its_frozen_part_too(method: str, bert: Path, tmp_path: Path) -> None:
+    own = {**ENCODER, "method": method, "alpha": None}
+    data = cases.sentiments(tmp_path / "d.tsv")
+    first = cases.begin(cases.recipe(bert, data, tmp_path / "first", **own))
+    cases.finish(first)
+    run = cases.begin(cases.recipe(bert, data, tmp_path / "run", seed=7, init_adapter=str(tmp_path / "first"), **own))
+    kept = read(tmp_path / "first" / "adapter").updates
+    lorank.save(run.prepared.model, tmp_path / "again", "default")
+    for layer, update in read(tmp_path / "again").updates.items():
+        for name, tensor in update.tensors["weight"].items():
+            torch.testing.assert_close(tensor, kept[layer].tensors["weight"][name])
+
+
+def test_another_method_is_no_start(bert: Path, tmp_path: Path) -> None:
+    data = cases.sentiments(tmp_path / "d.tsv")
+    first = cases.begin(cases.recipe(bert, data, tmp_path / "first", **ENCODER))
+    cases.finish(first)
+    with pytest.raises(AdapterError, match="one of the two is lora and pissa"):
+        cases.begin(
+            cases.recipe(bert, data, tmp_path / "run", init_adapter=str(tmp_path / "first"), method="pissa", **ENCODER)
+        )
+    prefix: dict[str, Any] = {"method": "prefix-layer", "rank": None, "alpha": None, "dropout": 0.0}
+    start = cases.begin(cases.recipe(bert, data, tmp_path / "p", method_options={"prefix": 3, "infix": 0}, **prefix))
+    cases.finish(start)
+    with pytest.raises(AdapterError, match=r"it has prefix-layer .prefix 3, infix 0., and this recipe"):
+        options = {"prefix": 2, "infix": 1}
+        cases.begin(
+            cases.recipe(bert, data, tmp_path / "q", method_options=options, init_adapter=str(tmp_path / "p"), **prefix)
+        )

@@ -80,8 +80,11 @@ def costs_of(comparison: Comparison, arm: Arm, steps: int, passes: int) -> dict[
     """Return what an arm costs, measured by `probe` in a process of its own unless it was before."""
     trial = comparison.final(arm)[0]
     path = trial.folder.parent / COSTS
+    asked = {"steps": steps, "passes": passes}
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["of"] == asked:
+            return before["costs"]
     recipe = trial.folder.parent / "probe.yaml"
     write_atomically({recipe: trial.recipe.to_yaml().encode()})
     command = [sys.executable, "-W", "ignore", "-m", "lorank.comparison.probe", str(recipe), str(steps), str(passes)]
@@ -89,7 +92,7 @@ def costs_of(comparison: Comparison, arm: Arm, steps: int, passes: int) -> dict[
     if done.returncode:
         raise AdapterError(f"cannot measure {arm.label}: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
     found = json.loads(done.stdout.splitlines()[-1])
-    write_atomically({path: json.dumps(found).encode()})
+    write_atomically({path: json.dumps({"of": asked, "costs": found}).encode()})
     return found
 
 

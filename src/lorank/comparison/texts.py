@@ -32,11 +32,11 @@ class Texts:
 
 def scores_of(trial: Trial, texts: Texts, progress: Callable[[int, int], None]) -> dict[str, float]:
     """Return the scores of what a finished trial's model writes, which is kept in its folder with the references."""
-    path = trial.folder / SCORES
+    path, asked = trial.folder / SCORES, json.loads(json.dumps(dataclasses.asdict(texts)))
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if set(texts.metrics) <= found.keys():
-            return {name: found[name] for name in texts.metrics}
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["of"] == asked:
+            return before["scores"]
     outputs = _written(trial, texts, progress)
     lines = [
         {"prompt": one.question.prompt, "output": one.text, "references": list(one.question.references)}
@@ -45,7 +45,7 @@ def scores_of(trial: Trial, texts: Texts, progress: Callable[[int, int], None]) 
     kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomically({trial.folder / OUTPUTS: kept.encode()})
     found = score(outputs, texts.metrics)
-    write_atomically({path: (json.dumps(found, indent=2) + "\n").encode()})
+    write_atomically({path: (json.dumps({"of": asked, "scores": found}, indent=2) + "\n").encode()})
     return found
 
 

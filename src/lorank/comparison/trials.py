@@ -131,8 +131,19 @@ def settled(comparison: Comparison) -> Comparison:
     Raises AdapterError for an arm that cannot be trained, before any is.
     """
     arms, shared = [], comparison.shared
+    if len(comparison.factors) > 1 and shared.eval_data is None:
+        raise AdapterError(
+            "to choose a rate the recipe needs eval_data: rates are chosen on a part of the training data, and what is "
+            "held out of that would be another part for every seed"
+        )
+    if len(comparison.factors) > 1 and not 0 < comparison.tune_share < 1:
+        raise AdapterError(f"tune_share is {comparison.tune_share}; it must be above 0 and below 1")
     for arm in comparison.arms:
         prepared = prepare(arm.recipe(shared, output=str(comparison.output / "none")))
+        if not prepared.held_out:
+            raise AdapterError(
+                "nothing is held out, so that there is nothing to compare by: give eval_data or eval_share"
+            )
         arms.append(dataclasses.replace(arm, keys=arm.keys | {"learning_rate": prepared.recipe.learning_rate}))
         best, columns = prepared.recipe.best, ("task", "prompt", "completion", "messages", "text", "text_pair", "label")
         shared = dataclasses.replace(shared, best=best, **{name: getattr(prepared.recipe, name) for name in columns})

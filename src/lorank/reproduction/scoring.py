@@ -1,5 +1,6 @@
 """The scores of a finished job, on the scale on which the paper prints them."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -33,10 +34,13 @@ def score(job: Job, progress: Progress | None = None) -> dict[str, float]:
     if job.test is None:
         return {metric: printed(metric, best[metric]) for metric in job.task.metrics}
     path = job.folder / SCORES
-    if not path.is_file():
+    of = json.loads(json.dumps({"test": dataclasses.asdict(job.test), "metrics": list(job.task.metrics)}))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if before.get("of") != of:  # of another test set, or written in another way
         found = _score_texts(job, job.test, progress)
-        write_atomically({path: (json.dumps(found, indent=2) + "\n").encode()})
-    return json.loads(path.read_text(encoding="utf-8"))
+        before = {"of": of, "scores": found}
+        write_atomically({path: (json.dumps(before, indent=2) + "\n").encode()})
+    return before["scores"]
 
 
 def printed(metric: str, value: float) -> float:

@@ -13,8 +13,9 @@ from ..formats.fitting import fit
 from ..names import label_of, lies_in
 from ..planning import Plan
 from ..surgery import adapter_parameters, remove
+from ..tokens import TokenRows
 from ..tree import entries
-from ..variants import Adapter, Update
+from ..variants import Adapter, Spec, Update
 
 _SOURCE = "start"  # the name of the other adapter, as long as it is on the model
 
@@ -56,6 +57,7 @@ def start_from(source: str, model: nn.Module, plan: Plan, about: Mapping[str, An
         with torch.no_grad():
             for name, parameter in wanted.items():
                 parameter.copy_(given[name])
+            _take_frozen(model, plan.adapter)
     finally:
         remove(model, _SOURCE)
     taken = f"{len(wanted)} tensors start from {source}"
@@ -70,6 +72,16 @@ def _values(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Return an adapter's parameters by a name that is the same for all adapters: layer and factor."""
     marker = f"adapters.{adapter}."
     return {name.replace(marker, "", 1): value for name, value in adapter_parameters(model, adapter).items()}
+
+
+def _take_frozen(model: nn.Module, adapter: str) -> None:
+    """Take what the updates have beside their parameters and do not train, as LoRA-FA's A and where PiSSA started."""
+    source = entries(model, _SOURCE)
+    for layer, (_, entry) in entries(model, adapter).items():
+        if layer in source and isinstance(entry, Adapter):
+            given = dict(source[layer][1].named_buffers())
+            for name, buffer in entry.named_buffers():
+                buffer.copy_(given[name])
 
 
 def _differences(given: Mapping[str, nn.Parameter], wanted: Mapping[str, nn.Parameter]) -> list[str]:
@@ -88,6 +100,13 @@ def _differences(given: Mapping[str, nn.Parameter], wanted: Mapping[str, nn.Para
 
 def _other_scales(model: nn.Module, adapter: str) -> list[str]:
     """Return a problem where the scale of an update is another: its factors would make another update then."""
+    methods = {spec.variant for spec in _specs(model, _SOURCE).values()} ^ {
+        spec.variant for spec in _specs(model, adapter).values()
+    }
+    if methods:
+        return [
+            f"one of the two is {' and '.join(sorted(methods))}: the same numbers make another update in another method"
+        ]
     before, now = _scales(model, _SOURCE), _scales(model, adapter)
     other = [place for place in before.keys() & now.keys() if before[place] != now[place]]
     if not other:
@@ -105,9 +124,14 @@ def _other_baselines(content: Content, plan: Plan) -> list[str]:
 
 def _scales(model: nn.Module, adapter: str) -> dict[str, float]:
     """Return the scale of each update by its place."""
-    found = {}
+    return {place: spec.scale for place, spec in _specs(model, adapter).items()}
+
+
+def _specs(model: nn.Module, adapter: str) -> dict[str, Spec]:
+    """Return the spec of each update by its place; rows of tokens have none."""
+    found: dict[str, Spec] = {}
     for layer, (_, entry) in entries(model, adapter).items():
         for leaf in entry.leaves() if isinstance(entry, Adapter) else ():
-            if isinstance(leaf, Update):
-                found[label_of(layer, leaf.part)] = leaf.spec.scale
+            if isinstance(leaf, Update) and not isinstance(leaf, TokenRows):
+                found[label_of(layer, leaf.part)] = leaf.spec
     return found
