@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "src" / "lorank"
 LAYERS = [
     {"errors", "version"},
     {"extras", "idle"},
-    {"lowrank", "hosts", "fingerprint", "reading", "shapes"},
+    {"lowrank", "hosts", "fingerprint", "reading", "shapes", "copied"},
     {"merge_report"},
     {"variants"},
     {"adapted"},

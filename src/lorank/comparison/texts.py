@@ -9,8 +9,7 @@ from typing import Any
 from ..data import open_source, rendering_of
 from ..evaluation import Decoding
 from ..formats.safetensors_file import write_atomically
-from ..runs.loading import load_adapted
-from ..surgery import activate
+from ..runs.finished import load_result
 from ..tasks import CausalLM
 from ..tasks.base import evaluating
 from ..tasks.writing import Output, questions, score, write
@@ -51,11 +50,7 @@ def scores_of(trial: Trial, texts: Texts, progress: Callable[[int, int], None]) 
 
 def _written(trial: Trial, texts: Texts, progress: Callable[[int, int], None]) -> list[Output]:
     recipe = trial.recipe
-    whole = recipe.method == "full"
-    adapters = [] if whole else [f"it={trial.folder}"]
-    base = str(trial.folder) if whole else recipe.model
-    loaded = load_adapted(base, adapters, dtype=recipe.dtype, device=recipe.device)
-    activate(loaded.model, *([] if whole else ["it"]))
+    loaded = load_result(recipe, trial.folder)
     task = _task(recipe, loaded.base.tokenizer)
     asked = questions(task, open_source(texts.data, texts.split, texts.limit, recipe.reader))
     found: dict[int, Output] = {}

@@ -10,8 +10,7 @@ from ..data.rendering import Completion
 from ..errors import AdapterError
 from ..evaluation import Decoding, complete, require_metrics, text_scores
 from ..formats.safetensors_file import write_atomically
-from ..runs.loading import load_adapted
-from ..surgery import activate
+from ..runs.finished import load_result
 from ..tasks.base import evaluating
 from .jobs import Job
 from .task import Test
@@ -98,10 +97,7 @@ def _asked(job: Job, test: Test) -> dict[str, dict[str, Any]]:
 def _written(job: Job, test: Test, prompts: Sequence[str], progress: Progress | None) -> list[str]:
     """Return what the job's model writes for each prompt."""
     trained = job.recipe
-    whole = trained.method == "full"  # there is no adapter: the run has a model of its own
-    base, adapters = (str(job.folder), []) if whole else (trained.model, [f"it={job.folder}"])
-    loaded = load_adapted(base, adapters, dtype=trained.dtype, device=trained.device)
-    activate(loaded.model, *([] if whole else ["it"]))
+    loaded = load_result(trained, job.folder)
     decoding = Decoding(**test.decoding)
     texts = [""] * len(prompts)
     with evaluating(loaded.model):

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..surgery import activate
 from . import metrics
+from .loading import Loaded, load_adapted
 from .prepare import prepare
 from .recipe import Recipe
 from .run import FACTS, RECIPE, Run, stored_recipe
+from .subject import WholeModel
 
 
 def facts_of(run: Path) -> dict[str, Any]:
@@ -28,6 +31,15 @@ def last_scores(run: Path) -> dict[str, float]:
     """Return the scores of a run's last evaluation, by their names."""
     scored = [record for record in metrics.read(run) if "eval_loss" in record]
     return {key.removeprefix("eval_"): value for key, value in scored[-1].items() if key.startswith("eval_")}
+
+
+def load_result(recipe: Recipe, run: Path) -> Loaded:
+    """Return the model of a finished run with what it has trained in use: its adapter, or the model itself."""
+    whole = (run / WholeModel.kept).is_dir()
+    base, adapters = (str(run), []) if whole else (recipe.model, [f"it={run}"])
+    loaded = load_adapted(base, adapters, dtype=recipe.dtype, device=recipe.device)
+    activate(loaded.model, *([] if whole else ["it"]))
+    return loaded
 
 
 def begin(recipe: Recipe) -> Run:
