@@ -76,7 +76,7 @@ def test_everything_wrong_is_said_at_once() -> None:
             "task is 'translation'; it must be one of auto, causal-lm, classification, regression",
         ),
         ({"train_on": "prompt"}, "train_on is 'prompt'; it must be one of completion, all"),
-        ({"dtype": "float16"}, "dtype is 'float16'; it must be one of auto, float32, bfloat16"),
+        ({"dtype": "float16"}, "dtype is 'float16'; it must be one of auto, float32, bfloat16, mixed"),
         ({"rank": 0}, "rank is 0; it must be at least 1"),
         ({"max_length": 0}, "max_length is 0; it must be at least 1"),
         ({"eval_share": 1.0}, "eval_share is 1.0; it must lie in [0, 1)"),

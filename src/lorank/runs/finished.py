@@ -37,7 +37,8 @@ def load_result(recipe: Recipe, run: Path) -> Loaded:
     """Return the model of a finished run with what it has trained in use: its adapter, or the model itself."""
     whole = (run / WholeModel.kept).is_dir()
     base, adapters = (str(run), []) if whole else (recipe.model, [f"it={run}"])
-    loaded = load_adapted(base, adapters, dtype=recipe.dtype, device=recipe.device)
+    dtype = "float32" if recipe.dtype == "mixed" else recipe.dtype  # of its weights
+    loaded = load_adapted(base, adapters, dtype=dtype, device=recipe.device)
     activate(loaded.model, *([] if whole else ["it"]))
     return loaded
 

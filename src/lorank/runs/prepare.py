@@ -16,7 +16,7 @@ from ..accounting import Memory, StepCosts, training_costs
 from ..baselines import Full, SpecialTokens
 from ..copies import count, own_parameters
 from ..data import Example, Order, Text, hold_out, open_source, rendering_of
-from ..errors import AdapterError, enumerate_names
+from ..errors import AdapterError, dtype_name, enumerate_names
 from ..formats.safetensors_file import encoded
 from ..models import (
     Base,
@@ -40,6 +40,7 @@ from ..training.rate import suggested_rate
 from ..variants import Spec
 from .columns import choose_columns, named_labels
 from .method import methods_of, show_data, targets_of
+from .precision import compute_in_bfloat16
 from .recipe import Recipe
 from .starting import start_from
 from .subject import ADAPTER, AdapterSubject, Subject, WholeModel
@@ -119,7 +120,10 @@ def prepare(recipe: Recipe) -> Prepared:
 
     seed_everything(recipe.seed)
     # An adapter is kept in float32 whatever the base is; a base that is trained itself would round small steps away.
-    dtype = choose_dtype("float32" if (recipe.method, recipe.dtype) == ("full", "auto") else recipe.dtype, device)
+    dtype = choose_dtype(recipe.dtype, device)
+    mixed = recipe.dtype == "mixed"
+    if (recipe.method, recipe.dtype) == ("full", "auto"):
+        dtype, mixed = torch.float32, dtype == torch.bfloat16
     changed = recipe.model_options
     base = load_base(recipe.model, recipe.task, dtype=dtype, labels=names, tokenizer=tokenizer, changed=changed)
     plan = adapt_base(recipe, base.model, base.fresh)
@@ -132,6 +136,8 @@ def prepare(recipe: Recipe) -> Prepared:
     remarks += task.remarks(train) + cut + [f"held out: {remark}" for remark in cut_held]
     task.surround(special, [*train, *held_out])
     base.model.to(device)
+    if mixed:
+        compute_in_bfloat16(base.model, device)
 
     order = Order([len(example.ids) for example in train], recipe.batch_size, recipe.seed)
     recipe, config = _schedule(recipe, order, base, remarks)
@@ -146,7 +152,7 @@ def prepare(recipe: Recipe) -> Prepared:
         data=_from_anywhere(recipe.data),
         eval_data=recipe.eval_data and _from_anywhere(recipe.eval_data),
         init_adapter=recipe.init_adapter and _from_anywhere(recipe.init_adapter),
-        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        dtype="mixed" if mixed else dtype_name(dtype),
         device=str(device),
         max_length=task.max_length + len(special or ()),
         train_also=[name for name in plan.copies if name not in plan.arranged],
@@ -223,6 +229,8 @@ def _whole(recipe: Recipe, model: Any, methods: Sequence[object]) -> Plan:
 def memory_of(prepared: Prepared) -> Memory | str:
     """Return what a step takes on the run's largest batch, or why that cannot be told; see `step_costs`."""
     recipe, task = prepared.recipe, prepared.task
+    if recipe.dtype == "mixed":
+        return "mixed precision keeps activations of both dtypes, which are not counted; float32 takes no less"
     labels = len(task.labels) if isinstance(task, Classification) else 1
     model = empty_base(recipe.model, recipe.task, dtype=getattr(torch, recipe.dtype), labels=labels)
     adapt_base(recipe, model)
@@ -299,11 +307,11 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of that name; `auto` is bfloat16 on GPUs that compute in it, else float32."""
+    """Return the dtype of that name for weights; `auto` is bfloat16 on GPUs that compute in it, else float32."""
     if wanted == "auto":
         half = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if half else torch.float32
-    return getattr(torch, wanted)
+    return torch.float32 if wanted == "mixed" else getattr(torch, wanted)
 
 
 def _choose_best(recipe: Recipe, task: Task) -> str:

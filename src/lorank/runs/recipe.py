@@ -107,7 +107,7 @@ class Recipe:
     epsilon: float = _key(1e-8, _TRAINING, "epsilon of AdamW")
     clip: float | None = _key(1.0, _TRAINING, "largest norm of the gradient; none for no limit")
     label_smoothing: float = _key(0.0, _TRAINING, "label smoothing")
-    dtype: str = _key("auto", _TRAINING, "of the base: float32 or bfloat16; auto: float32 on a CPU, else bfloat16")
+    dtype: str = _key("auto", _TRAINING, "of the base: float32, bfloat16, mixed; auto: bfloat16 on a GPU")
     gradient_checkpointing: bool = _key(False, _TRAINING, "recompute activations: less memory, more time")
     eval_every: int | None = _key(None, _TRAINING, "steps between evaluations; default: ten in a run")
     eval_epochs: float | None = _key(None, _TRAINING, "the same in passes over the data, where eval_every is not given")
@@ -285,7 +285,7 @@ def _value_problems(recipe: Recipe) -> list[str]:
         ("task", TASKS),
         ("train_on", ("completion", "all")),
         ("schedule", ("constant", "linear", "cosine")),
-        ("dtype", ("auto", "float32", "bfloat16")),
+        ("dtype", ("auto", "float32", "bfloat16", "mixed")),
         ("bias", ("none", "adapted", "all")),
         ("init", ("kaiming", "gaussian")),
     ):
