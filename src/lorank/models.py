@@ -88,7 +88,7 @@ _UNNAMED = ("cls_dropout",)
 
 def _configured(name: str, changed: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of from_pretrained with a configuration in which some values are changed."""
-    config = _configuration(name)
+    config = configuration(name)
     unknown = [key for key in changed if not hasattr(config, key) and key not in _UNNAMED]
     hints = [f"there is no '{key}'; {did_you_mean(key, [*config.to_dict(), *_UNNAMED])}" for key in unknown]
     raise_problems(f"cannot change the configuration of {name}", hints)
@@ -113,7 +113,7 @@ def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels
 
     name: a hub id, a folder, a GGUF file, or one of `shapes.SHAPES`.
     """
-    config = _configuration(name)
+    config = configuration(name)
     if task != "causal-lm":
         config.num_labels = 1 if task == "regression" else labels
     cls = getattr(require("transformers", "building a model"), _CLASSES[task])
@@ -121,7 +121,8 @@ def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels
         return cls.from_config(config, dtype=dtype or torch.float32).eval()
 
 
-def _configuration(name: str) -> Any:
+def configuration(name: str) -> Any:
+    """Return the configuration of a base; nothing else of it is read."""
     if _is_shape(name):
         with quiet():
             return configuration_of(name)
@@ -133,7 +134,7 @@ def _configuration(name: str) -> Any:
 
 def task_of(name: str) -> str | None:
     """Return what a base is for when its configuration says that it is a classifier or a regression."""
-    config = _configuration(name)
+    config = configuration(name)
     if not any(text.endswith("ForSequenceClassification") for text in config.architectures or ()):
         return None
     return "regression" if config.num_labels == 1 else "classification"
@@ -141,7 +142,7 @@ def task_of(name: str) -> str | None:
 
 def known_labels(name: str) -> list[str]:
     """Return the names of the labels in a base's configuration: LABEL_0, ... where nobody gave them names."""
-    config = _configuration(name)
+    config = configuration(name)
     return [config.id2label[i] for i in range(config.num_labels)] if config.id2label else []
 
 
@@ -183,9 +184,9 @@ def heads_of(model: Any, fresh: Sequence[str]) -> list[str]:
     return [*outside, *(name for name in fresh if name.partition(".")[0] not in outside)]
 
 
-def longest(model: Any, tokenizer: Any) -> int:
+def longest(config: Any, tokenizer: Any) -> int:
     """Return how many tokens a model can read, as its configuration or tokenizer says."""
-    config = getattr(model.config, "text_config", model.config)
+    config = getattr(config, "text_config", config)
     limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
     if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
         limits = [limit and limit - 2 for limit in limits]  # their positions are counted from the padding's on

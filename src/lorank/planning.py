@@ -17,7 +17,7 @@ from .errors import AdapterError, AdapterWarning, enumerate_names, raise_problem
 from .hosts import Host, NoHost
 from .names import Names, find_modules, lies_in
 from .planned import Bias, Build, Place, Plan
-from .targets import BARE_PARAMETER, OUTPUT_HEAD, Selection, Targets, exclusions, parse_parts, select
+from .targets import BARE_PARAMETER, OUTPUT_HEAD, TRAINED_WHOLE, Selection, Targets, exclusions, parse_parts, select
 from .tied import Tie, sharing, tie_of
 from .ties import Ties
 from .tokens import find_tokens
@@ -60,6 +60,7 @@ def plan(
     inserted = _inserted(arranged, names, problems)
     own_copies = [f"re:{re.escape(module)}" for arrangement in arranged for module in arrangement.train_also]
     asked = [train_also] if isinstance(train_also, str) else [*train_also]
+    _leave_to_copies(asked, names, selection, problems)
     copies = find_copies([*asked, *own_copies], names, selection, problems)
     bias = "all" if any(arrangement.bias == "all" for arrangement in arranged) else bias
     specs = _specs_by_layer(update, ranks or {}, alphas or {}, names, selection, problems) if update else {}
@@ -137,6 +138,18 @@ def _selection(
         return select(model, targets, names)  # type: ignore[arg-type]  # None is answered as any other mistake
     method = " and ".join(baseline.variant for baseline in baselines)
     return exclusions(model, targets, names, method, allowed=any(isinstance(one, BitFit) for one in baselines))
+
+
+def _leave_to_copies(train_also: Sequence[str], names: Names, selection: Selection, problems: list[str]) -> None:
+    """Take out of a selection what a word selects in modules that are trained whole; nobody named it."""
+    copied = [name for pattern in train_also for name in find_modules(pattern, names)[0]]
+    both = [name for name in selection.layers if name in selection.by_word and lies_in(name, copied)]
+    if both and len(both) == len(selection.layers):
+        problems.append("all layers that the targets select are in train_also, and trained whole")
+        return
+    for name in both:
+        del selection.layers[name]
+        selection.left_out[name] = TRAINED_WHOLE
 
 
 def _arranged(baseline: Baseline, model: nn.Module, names: Names, problems: list[str]) -> Arrangement:

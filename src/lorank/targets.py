@@ -24,6 +24,7 @@ from .names import Names, find_modules, lies_in
 
 # Why `all-linear` passes something over, where that is as it should be.
 OUTPUT_HEAD = "output head"
+TRAINED_WHOLE = "trained whole"
 BARE_PARAMETER = "a parameter of no layer; name it to adapt it"
 
 Target: TypeAlias = str | Callable[[str, nn.Module], bool]
@@ -49,6 +50,7 @@ class Selection:
 
     layers: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # layer name -> why a word ("all-linear") passed it over
+    by_word: set[str] = field(default_factory=set)  # layers that a word alone selects
     excluded: set[str] = field(default_factory=set)  # every module name that a "!" names
     problems: list[str] = field(default_factory=list)
 
@@ -78,10 +80,13 @@ def select(model: nn.Module, targets: Targets, names: Names) -> Selection:
             _select_by_function(target, names, selection)
         elif not isinstance(target, str):
             selection.problems.append(f"target {target!r} is neither a string nor a function (name, layer) -> bool")
-        elif target in _WORDS:
-            _WORDS[target](model, names, selection)
-        elif not target.startswith("!"):
+        elif target not in _WORDS and not target.startswith("!"):
             _select_by_name(target, names, selection)
+    named = set(selection.layers)
+    for target in wanted:
+        if isinstance(target, str) and target in _WORDS:
+            _WORDS[target](model, names, selection)
+    selection.by_word = selection.layers.keys() - named
     for name in selection.layers.keys() & selection.excluded:
         del selection.layers[name]
     for name in selection.left_out.keys() & (selection.excluded | selection.layers.keys()):

@@ -1,5 +1,6 @@
 """lorank eval: the scores are those that a few lines by hand give."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lorank
 from lorank import LoRA
+from lorank.data import open_source
 
 from .. import checkpoints, models
 from .running import refused, run, run_json, write_records
@@ -104,6 +106,15 @@ def test_language_models_are_scored_as_by_hand(causal: Path, pairs: Path, tmp_pa
     ]
     assert [line.split()[0] for line in lines[2:]] == ["(base)", "one", "second"]
     assert lines[3].split()[1] == f"{found['scores'][1]['loss']:.4f}"
+
+
+def test_published_data_is_read_as_in_training(causal: Path, tmp_path: Path) -> None:
+    raw, made = tmp_path / "test.csv", tmp_path / "made.jsonl"
+    raw.write_text('"mr","ref"\n"name[fox], area[two]","the quick fox"\n"name[dog]","the lazy dog"\n')
+    found = run_json("eval", "--model", causal, "--data", raw, "--reader", "e2e")
+    made.write_text("".join(json.dumps(record) + "\n" for record in open_source(str(raw), reader="e2e")))
+    again = run_json("eval", "--model", causal, "--data", made)
+    assert found["scores"] == again["scores"] and found["examples"] == 2
 
 
 def test_a_base_is_scored_alone(causal: Path, pairs: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_regression_has_one_output(tmp_path: Path) -> None:
 def test_what_cannot_be_planned_is_told(tmp_path: Path) -> None:
     models.llama().config.save_pretrained(tmp_path)
     refused("q_prj.*q_proj", "plan", tmp_path, "--targets", "q_prj")
-    refused("takes no others", "plan", tmp_path, "--paper")
+    refused("it takes no --rank, model", "plan", tmp_path, "--paper", "--rank", 3)
     refused("needs the --method", "plan", tmp_path, "--method-options", "{size: 2}")
     refused("no option 'sise'.*size", "plan", tmp_path, "--method", "adapter-h", "--method-options", "{sise: 2}")
     refused("length is 65; this model reads at most 64", "plan", tmp_path, "--length", 65)

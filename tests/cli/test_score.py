@@ -82,6 +82,8 @@ def test_files_of_other_programs_are_scored(tmp_path: Path) -> None:
     records = [{"output": "SELECT a FROM t", "reference": "select A from table"}, {"output": "x", "references": ["x"]}]
     one, other = (write_records(tmp_path / f"{i}.jsonl", [record]) for i, record in enumerate(records))
     assert run_json("score", one, "--metrics", "wikisql")["scores"] == [{"adapter": None, "logical-form": 1.0}]
+    one.write_bytes(b"\xef\xbb\xbf" + one.read_bytes())  # a byte-order mark
+    assert run_json("score", one, "--metrics", "wikisql")["scores"] == [{"adapter": None, "logical-form": 1.0}]
     assert run_json("score", other, "--metrics", "exact-match")["scores"] == [{"adapter": None, "exact-match": 1.0}]
 
 

@@ -96,8 +96,24 @@ def test_what_language_models_write_is_scored(llama: Path, tmp_path: Path) -> No
     assert len(next(outputs).read_text().splitlines()) == 5
 
 
+def test_prompts_that_leave_no_room_are_told_before_anything_is_trained(llama: Path, tmp_path: Path) -> None:
+    data = cases.completions(tmp_path / "d.jsonl", 24)
+    recipe = recipe_in(tmp_path, llama, data, eval_share=0.25, rank=2, targets=["q_proj"])
+    words = ["compare", recipe, "--seeds", "1", "--metrics", "bleu", "--output", tmp_path / "out"]
+    words += ["--methods", "lora,lora+prefix-embedding{prefix: 20, infix: 10}"]
+    refused("there is no file", *words, "--test-data", tmp_path / "none.jsonl")
+    words += ["--test-data", data]
+    most = json.loads((llama / "config.json").read_text())["max_position_embeddings"]
+    refused(f"with {most} new ones that is more than the {most}", *words, "--max-new-tokens", most)
+    left = most - 30
+    refused(f"with {left} new ones and 30 special ones of the adapter that is more", *words, "--max-new-tokens", left)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_arm_has_its_own_keys_and_not_another_method_s() -> None:
     shared = Recipe(model="m", data="d", rank=4, alpha=8.0, targets=["query"], learning_rate=1e-3, batch_size=3)
+    (nested,) = arms_of("lora{ranks: {query: 16, value: 4}, targets: [query, value]}", shared)
+    assert nested.recipe(shared).ranks == {"query": 16, "value": 4}
     lora, wide, bottleneck, both, full = arms_of(
         "lora, lora{rank: 16}, adapter-h{size: 8, learning_rate: 1e-4},lora+prefix-layer{prefix: 2}, full", shared
     )
@@ -120,6 +136,9 @@ def test_an_arm_has_its_own_keys_and_not_another_method_s() -> None:
         ("adapter-h{siz: 3}", "adapter-h has no option 'siz'"),
         ("lora{rank: 0}", "rank is 0; it must be at least 1"),
         ("lora {rank", "is no method"),
+        ("lora{rank}", "'lora{rank}' gives rank no value"),
+        ("lora{rank: [}]}", "is no YAML in its braces"),
+        ("lora{ranks: {}, 3: 4}", "gives 3 no value"),
     ],
 )
 def test_methods_that_make_no_sense_are_named_at_once(text: str, reason: str) -> None:

@@ -185,7 +185,6 @@ def webnlg(tmp_path: Path) -> Path:
 
 
 def test_texts_are_written_and_scored_by_group(webnlg: Path, bases: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("lorank.evaluation.text", reason="lorank scores no texts yet")
     command = small(webnlg, "webnlg", bases, tmp_path, "--seeds", 1)
     found = run_json(*command)
     path = tmp_path / "out" / "webnlg" / "seed-0" / "outputs.jsonl"
@@ -198,3 +197,15 @@ def test_texts_are_written_and_scored_by_group(webnlg: Path, bases: dict[str, Pa
     before = path.stat().st_mtime_ns
     assert run_json(*command)["results"] == found["results"]
     assert path.stat().st_mtime_ns == before
+
+
+def test_what_could_not_be_written_is_told_before_anything_is_trained(
+    webnlg: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    command = small(webnlg, "webnlg", bases, tmp_path, "--seeds", 1)
+    refused("there is no file", *command, "--test-data", tmp_path / "none.json")
+    data = Path(str(command[command.index("--data") + 1]))
+    long = tmp_path / f"long{data.suffix}"
+    long.write_text(data.read_text().replace("Jacob_Bundsgaard", "Jacob_Bundsgaard_" * 300))
+    refused("the longest prompt has .* this model reads. It begins 'Aarhus", *command, "--test-data", long)
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,7 @@
 """Which layers targets select, and what is said when they select none."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,6 +112,17 @@ def test_parts_whole_and_words_do_not_mix_unnoticed() -> None:
         layers(model, ["c_attn", "c_attn[q]"])
     with pytest.raises(AdapterError, match="excludes parts"):
         layers(model, ["c_attn[q,v]", "!c_attn[q]"])
+
+
+def test_what_is_trained_whole_is_left_to_that_unless_it_is_named() -> None:
+    model = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), before_head=nn.Linear(4, 4), last=nn.Linear(4, 2)))
+    made = lorank.plan(model, LoRA(rank=2), "all-linear", train_also=["before_head"])
+    assert [place.name for place in made.places] == ["body", "last"]
+    assert made.left_out["before_head"] == "trained whole" and list(made.copies) == ["before_head"]
+    with pytest.raises(AdapterError, match="before_head would be adapted and trained whole at once"):
+        lorank.plan(model, LoRA(rank=2), ["all-linear", "before_head"], train_also=["before_head"])
+    with pytest.raises(AdapterError, match="all layers that the targets select are in train_also"):
+        lorank.plan(model, LoRA(rank=2), "all-linear", train_also=["body", "before_head", "last"])
 
 
 def test_a_shared_layer_is_adapted_once_under_its_first_name() -> None:

@@ -63,6 +63,8 @@ def test_a_stored_budget_of_another_adapter_is_refused() -> None:
     for late in (14, 15):
         with pytest.raises(AdapterError, match=f"knows nothing of the steps before {late}"):
             lorank.RankBudget(model, 20).update(late)
+    with pytest.raises(AdapterError, match="1 step is too few to drop ranks between step 0 and 1"):
+        lorank.RankBudget(model, 1)
     with pytest.raises(AdapterError, match="2 steps are too few to drop ranks between step 1 and 1"):
         lorank.RankBudget(stacked(AdaLoRA(rank=3, target_rank=2, warmup=0.5, settle=0.4)), 2)
     with pytest.raises(AdapterError, match="default is no AdaLoRA adapter"):

@@ -42,6 +42,10 @@ class Baseline(ABC):
     def inference(self) -> str:
         """Return what the method costs at inference, as a sentence without its full stop."""
 
+    def around(self) -> int:
+        """Return how many special tokens it puts around every prompt."""
+        return 0
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, with the method's name."""
         return {"variant": self.variant, **json.loads(json.dumps(asdict(self)))}

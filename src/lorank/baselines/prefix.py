@@ -45,8 +45,11 @@ class Prefix(Baseline):
     def modules(self, name: str, embedding: nn.Embedding, running: Running, names: Names) -> dict[str, Build]:
         """Return what is to run with the embedding of that name, and with other modules."""
 
+    def around(self) -> int:
+        return self.prefix + self.infix
+
     def inference(self) -> str:
-        return f"{self.prefix + self.infix} more tokens to read in every input, and as much less room in its context"
+        return f"{self.around()} more tokens to read in every input, and as much less room in its context"
 
 
 @register("prefix-embedding")

@@ -75,6 +75,7 @@ def compare(
     """
     from ..comparison.arms import arms_of
     from ..comparison.report import costs_of, lines_of, write
+    from ..comparison.texts import require_questions
     from ..comparison.trials import Comparison, remember, settled
     from ..errors import AdapterError
     from ..runs.recipe import Recipe, parse_overrides
@@ -93,6 +94,8 @@ def compare(
     arms = arms_of(methods, shared)
     with err.status("looking at every method ..."):
         found = settled(Comparison(shared, arms, seeds, factors, folder, tune_seeds, tune_share))
+        if texts:
+            require_questions(texts, [arm.recipe(found.shared) for arm in found.arms])
     remember(found)
     for trial in found.trials():
         if trial.best is None:

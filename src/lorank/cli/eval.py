@@ -39,6 +39,10 @@ def evaluate(
     base: WithBase = False,
     split: Annotated[str, typer.Option(help="split of a hub data set")] = "validation",
     limit: Annotated[int | None, typer.Option(min=1, help="use the first so many records", show_default=False)] = None,
+    reader: Annotated[
+        str | None,
+        typer.Option(help="makes prompts and completions of published data: e2e, webnlg, ...", show_default=False),
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="causal-lm, classification or regression", show_default=False)
     ] = None,
@@ -108,7 +112,7 @@ def evaluate(
     writing = _writing(metrics, outputs, chosen | {"seed": seed})
     given = {"prompt": prompt, "completion": completion, "messages": messages, "text": text}
     given |= {"text_pair": text_pair, "label": label}
-    records = open_source(data, split, limit)
+    records = open_source(data, split, limit, reader)
     with err.status("loading the model ..."):
         loaded = load_adapted(
             model, adapter or [], task=task, dtype=dtype, device=device, allow_other_base=allow_other_base

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import enumerate_names
 from .console import UsageError, out, result, say, table
 from .options import Json
 
@@ -12,6 +13,7 @@ _STEP = "The step that is counted"
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -76,8 +78,11 @@ def plan(
       lorank plan --paper
     """
     if paper:
-        if model is not None or method is not None:
-            raise UsageError("--paper counts the paper's own models and methods, and takes no others")
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if others := [name for name in given if name not in ("paper", "as_json")]:
+            named = enumerate_names([name if name == "model" else "--" + name.replace("_", "-") for name in others])
+            raise UsageError(f"--paper counts the paper's own models and methods; it takes no {named}")
         _paper(as_json)
         return
     if model is None:

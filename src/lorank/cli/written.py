@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import prompt_ids
 from ..errors import AdapterError, raise_problems
-from ..evaluation import Decoding
+from ..evaluation import Decoding, require_room
 from ..formats.safetensors_file import write_atomically
 from ..models import longest
 from ..runs.loading import Loaded
@@ -27,7 +26,14 @@ def ask(loaded: Loaded, tasks: Mapping[str | None, Any], records: Any, decoding:
         if not isinstance(task, CausalLM):
             raise AdapterError(f"--metrics scores what language models write; this is a {task.kind}")
         asked[name] = questions(task, records)
-        _require_room(loaded, task, asked[name], decoding)
+        require_room(
+            task.tokenizer,
+            [question.prompt for question in asked[name]],
+            decoding,
+            longest(loaded.model.config, task.tokenizer),
+            special_tokens=task.rendering.special_tokens,
+            around=len(task.special or ()),
+        )
     return {name: _written(loaded, name, tasks[name], asked[name], decoding, batch_size) for name in asked}
 
 
@@ -44,19 +50,6 @@ def _written(
     return [found[i] for i in range(len(asked))]
 
 
-def _require_room(loaded: Loaded, task: CausalLM, asked: Sequence[Question], decoding: Decoding) -> None:
-    """Raise AdapterError where a prompt and its answer are longer than what the model reads."""
-    most = longest(loaded.model, task.tokenizer)
-    special = task.rendering.special_tokens
-    lengths = [len(prompt_ids(task.tokenizer, question.prompt, special)) for question in asked]
-    if max(lengths) + decoding.max_new_tokens > most:
-        prompt = asked[lengths.index(max(lengths))].prompt
-        raise AdapterError(
-            f"the longest prompt has {max(lengths):,} tokens; with {decoding.max_new_tokens:,} new ones that is more "
-            f"than the {most:,} that this model reads. It begins {prompt[:60]!r}"
-        )
-
-
 def keep(found: Named, path: str) -> None:
     """Write outputs as JSON lines: adapter (null for the base), prompt, output, references. The file appears whole."""
     lines = [
@@ -71,7 +64,7 @@ def keep(found: Named, path: str) -> None:
 def kept(path: str) -> Named:
     """Return the outputs of a file as `keep` writes it; raises AdapterError that names the lines that are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise AdapterError(f"{path} is not UTF-8 text: {error}") from None
     found: Named = {}

@@ -16,6 +16,7 @@ _OF_METHOD = (
     *("targets", "learning_rate", "lora_plus"),
 )
 _ARM = re.compile(r"([^{}\s]+)\s*(\{.*\})?", re.DOTALL)
+_EXAMPLE = "give names such as lora, or adapter-h{size: 16}"
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,20 @@ def arms_of(text: str, shared: Recipe) -> list[Arm]:
     yaml = require("yaml", "reading methods")
     found: list[Arm] = []
     problems = []
-    for word in (word.strip() for word in re.split(r",(?![^{]*\})", text) if word.strip()):
+    for word in _words(text):
         match = _ARM.fullmatch(word)
         if match is None:
-            problems.append(f"'{word}' is no method; give names such as lora, or adapter-h{{size: 16}}")
+            problems.append(f"'{word}' is no method; {_EXAMPLE}")
             continue
-        name, settings = match[1], yaml.safe_load(match[2]) if match[2] else {}
+        try:
+            name, settings = match[1], yaml.safe_load(match[2] or "{}")
+        except yaml.YAMLError as error:
+            problems.append(f"'{word}' is no YAML in its braces ({getattr(error, 'problem', error)}); {_EXAMPLE}")
+            continue
+        empty = [key for key, value in settings.items() if value is None or not isinstance(key, str)]
+        if empty:
+            problems.append(f"'{word}' gives {empty[0]} no value; {_EXAMPLE}")
+            continue
         unknown = [part for part in name.split("+") if part not in METHODS + BASELINES]
         if unknown:
             problems.append(f"there is no method '{unknown[0]}'; {did_you_mean(unknown[0], METHODS + BASELINES)}")
@@ -72,6 +81,18 @@ def arms_of(text: str, shared: Recipe) -> list[Arm]:
         problems.append("no method was named")
     raise_problems("cannot compare these methods", problems)
     return found
+
+
+def _words(text: str) -> list[str]:
+    """Return what stands between commas, but for those in braces or brackets."""
+    words, depth = [""], 0
+    for sign in text:
+        depth += (sign in "{[") - (sign in "}]")
+        if sign == "," and depth <= 0:
+            words.append("")
+        else:
+            words[-1] += sign
+    return [word.strip() for word in words if word.strip()]
 
 
 def _default(name: str) -> Any:

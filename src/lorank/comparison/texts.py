@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..data import open_source, rendering_of
-from ..evaluation import Decoding
+from ..evaluation import Decoding, require_room
 from ..formats.safetensors_file import write_atomically
+from ..models import configuration, load_tokenizer, longest
 from ..runs.finished import load_result
+from ..runs.method import special_tokens_around
+from ..runs.recipe import Recipe
 from ..tasks import CausalLM
 from ..tasks.base import evaluating
-from ..tasks.writing import Output, questions, score, write
+from ..tasks.writing import Output, Question, questions, score, write
 from .trials import Trial
 
 SCORES, OUTPUTS = "scores.json", "outputs.jsonl"
@@ -27,6 +30,21 @@ class Texts:
     metrics: tuple[str, ...]
     decoding: Decoding
     split: str = "test"
+
+
+def require_questions(texts: Texts, recipes: Iterable[Recipe]) -> None:
+    """Raise AdapterError unless models that recipes train could write all texts; done before anything is trained."""
+    for recipe in recipes:
+        tokenizer = load_tokenizer(recipe.model)
+        task = _task(recipe, tokenizer)
+        require_room(
+            tokenizer,
+            [question.prompt for question in _questions(texts, task, recipe)],
+            texts.decoding,
+            longest(configuration(recipe.model), tokenizer),
+            special_tokens=task.rendering.special_tokens,
+            around=special_tokens_around(recipe),
+        )
 
 
 def scores_of(trial: Trial, texts: Texts, progress: Callable[[int, int], None]) -> dict[str, float]:
@@ -52,7 +70,7 @@ def _written(trial: Trial, texts: Texts, progress: Callable[[int, int], None]) -
     recipe = trial.recipe
     loaded = load_result(recipe, trial.folder)
     task = _task(recipe, loaded.base.tokenizer)
-    asked = questions(task, open_source(texts.data, texts.split, texts.limit, recipe.reader))
+    asked = _questions(texts, task, recipe)
     found: dict[int, Output] = {}
     with evaluating(loaded.model):
         for number, output in write(loaded.model, task, asked, texts.decoding, batch_size=recipe.batch_size):
@@ -61,5 +79,9 @@ def _written(trial: Trial, texts: Texts, progress: Callable[[int, int], None]) -
     return [found[number] for number in range(len(asked))]
 
 
-def _task(recipe: Any, tokenizer: Any) -> CausalLM:
+def _questions(texts: Texts, task: CausalLM, recipe: Recipe) -> list[Question]:
+    return questions(task, open_source(texts.data, texts.split, texts.limit, recipe.reader))
+
+
+def _task(recipe: Recipe, tokenizer: Any) -> CausalLM:
     return CausalLM(tokenizer, recipe.max_length or 1024, rendering_of(dataclasses.asdict(recipe), tokenizer))

@@ -1,6 +1,6 @@
 """Evaluation: what a model writes, and scores of predictions."""
 
-from .generation import Decoding, complete, stream
+from .generation import Decoding, complete, require_room, stream
 from .scores import classification_scores, regression_scores
 from .text import METRICS, PRESETS, chosen_metrics, require_metrics, text_scores
 
@@ -13,6 +13,7 @@ __all__ = [
     "complete",
     "regression_scores",
     "require_metrics",
+    "require_room",
     "stream",
     "text_scores",
 ]

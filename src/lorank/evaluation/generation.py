@@ -97,6 +97,29 @@ def complete(
             yield i, tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def require_room(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    decoding: Decoding,
+    most: int,
+    *,
+    special_tokens: bool = True,
+    around: int = 0,
+) -> None:
+    """Raise AdapterError where a prompt and what may be added to it are longer than what a model reads.
+
+    most: how many tokens it reads. around: how many special tokens an adapter puts around each prompt.
+    """
+    lengths = [len(prompt_ids(tokenizer, prompt, special_tokens)) for prompt in prompts]
+    length = max(lengths)
+    if length + around + decoding.max_new_tokens > most:
+        special = f" and {around:,} special ones of the adapter" if around else ""
+        raise AdapterError(
+            f"the longest prompt has {length:,} tokens; with {decoding.max_new_tokens:,} new ones{special} that is "
+            f"more than the {most:,} that this model reads. It begins {prompts[lengths.index(length)][:60]!r}"
+        )
+
+
 def stream(
     model: Any,
     tokenizer: Any,

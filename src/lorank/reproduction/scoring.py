@@ -8,9 +8,11 @@ from typing import Any
 from ..data import open_source, rendering_of
 from ..data.rendering import Completion
 from ..errors import AdapterError
-from ..evaluation import Decoding, complete, require_metrics, text_scores
+from ..evaluation import Decoding, complete, require_metrics, require_room, text_scores
 from ..formats.safetensors_file import write_atomically
+from ..models import configuration, load_tokenizer, longest
 from ..runs.finished import load_result
+from ..runs.method import special_tokens_around
 from ..tasks.base import evaluating
 from .jobs import Job
 from .task import Test
@@ -49,14 +51,18 @@ def printed(metric: str, value: float) -> float:
 
 def require_scorers(jobs: Iterable[Job]) -> None:
     """Raise AdapterError unless the texts of jobs could be written and scored once these are trained."""
-    for task, test in {job.task.name: (job.task, job.test) for job in jobs}.values():
-        if test is None:
+    for job in {job.task.name: job for job in jobs}.values():
+        if job.test is None:
             continue
         try:
-            Decoding(**test.decoding)
+            decoding = Decoding(**job.test.decoding)
         except TypeError as error:
-            raise AdapterError(f"{task.name}: test: decoding: {error}") from None
-        require_metrics(list(task.metrics))
+            raise AdapterError(f"{job.task.name}: test: decoding: {error}") from None
+        require_metrics(list(job.task.metrics))
+        tokenizer = load_tokenizer(job.recipe.model)
+        most = longest(configuration(job.recipe.model), tokenizer)
+        around = special_tokens_around(job.recipe)
+        require_room(tokenizer, list(_asked(job, job.test)), decoding, most, around=around)
 
 
 def _score_texts(job: Job, test: Test, progress: Progress | None) -> dict[str, float]:

@@ -57,7 +57,7 @@ def method_costs(recipe: Recipe, shape: StepShape) -> MethodCosts:
     trainable, size = count(parameters), checkpoint_bytes(model)
     special = special_tokens(model)
     around = [*range(special.first, special.first + len(special))] if special is not None else []
-    most = longest(model, None)
+    most = longest(model.config, None)
     if shape.length > most:
         raise AdapterError(f"length is {shape.length:,}; this model reads at most {most:,} tokens")
     text = min(shape.length, most - len(around))  # special tokens take room in the context

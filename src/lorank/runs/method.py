@@ -37,6 +37,11 @@ def methods_of(recipe: Recipe) -> list[Spec | Baseline]:
     return made
 
 
+def special_tokens_around(recipe: Recipe) -> int:
+    """Return how many special tokens a recipe's methods put around every prompt."""
+    return sum(method.around() for method in methods_of(recipe) if isinstance(method, Baseline))
+
+
 def _spec_of(recipe: Recipe, method: type[Spec]) -> Spec:
     """Return the spec of updates that a recipe describes."""
     known = {field.name: field.default for field in dataclasses.fields(method)}

@@ -35,9 +35,9 @@ from ..prefixes import special_tokens
 from ..surgery import adapt
 from ..tasks import CausalLM, Classification, Regression, Task, Tensors
 from ..tasks.base import to_device
-from ..training import TrainConfig
+from ..training import RankBudget, TrainConfig
 from ..training.rate import suggested_rate
-from ..variants import Spec
+from ..variants import AdaLoRA, Spec
 from .columns import choose_columns, named_labels
 from .method import methods_of, show_data, targets_of
 from .precision import compute_in_bfloat16
@@ -143,6 +143,8 @@ def prepare(recipe: Recipe) -> Prepared:
     recipe, config = _schedule(recipe, order, base, remarks)
     plan, seen = show_data(recipe, plan, base.model, task, train, order, device)
     remarks += seen
+    if isinstance(plan.spec, AdaLoRA):
+        RankBudget(base.model, config.steps or 0, ADAPTER)  # raises for too few steps
     if recipe.init_adapter is not None:
         remarks += start_from(recipe.init_adapter, base.model, plan, task.about())
     subject = _subject(plan, base, task, train, order, device)
@@ -168,7 +170,7 @@ def allowed_length(wanted: int | None, model: Any, tokenizer: Any, special: Spec
 
     special: tokens that are put around each of them, for which there has to be room.
     """
-    most, around = longest(model, tokenizer), len(special or ())
+    most, around = longest(model.config, tokenizer), len(special or ())
     if wanted is not None and wanted > most:
         raise AdapterError(f"max_length is {wanted:,}; this model reads at most {most:,} tokens")
     if (wanted or most) - around < 2:

@@ -40,8 +40,11 @@ class RankBudget:
             raise AdapterError(f"cannot set a budget of ranks: {', '.join(chosen)} is no AdaLoRA adapter")
         self.spec, self.steps = next(iter(self.adapters.values())).spec, steps
         self.start, self.stop = round(self.spec.warmup * steps), steps - round(self.spec.settle * steps)
-        if self.start >= self.stop:
-            raise AdapterError(f"{steps} steps are too few to drop ranks between step {self.start} and {self.stop}")
+        if self.start >= self.stop or self.stop < 2:  # the first step is looked at, and a later one drops
+            raise AdapterError(
+                f"{steps} step{'s are' if steps > 1 else ' is'} too few to drop ranks between step {self.start} and "
+                f"{self.stop}"
+            )
         self.total = sum(leaf.E.numel() for leaf in self.adapters.values())
         # A stack of matrices has so many ranks in each.
         self.target = sum(leaf.spec.target_rank * leaf.E[..., 0].numel() for leaf in self.adapters.values())
