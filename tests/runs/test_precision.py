@@ -1,5 +1,6 @@
 """Runs in mixed precision: float32 weights, products in bfloat16."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_float32_weights_train_by_products_in_bfloat16(
         assert {parameter.dtype for parameter in run.prepared.model.parameters()} == {torch.float32}
         for module in run.prepared.model.modules():
             if isinstance(module, nn.Linear):
-                module.register_forward_hook(lambda module, args, output, found=found: found.add(output.dtype))
+                module.register_forward_hook(partial(_note, found))
         cases.finish(run)
         assert run.recipe.dtype == dtype and not torch.is_autocast_enabled("cpu")
         values[dtype], losses[dtype] = (
@@ -43,7 +44,10 @@ def test_float32_weights_train_by_products_in_bfloat16(
     assert products == {"float32": {torch.float32}, "mixed": {torch.bfloat16}}
     assert losses["mixed"] == pytest.approx(losses["float32"], rel=0.02)
     assert any(not torch.equal(value, values["float32"][name]) for name, value in values["mixed"].items())
-    load_result(run.recipe, run.folder)  # raises for a dtype it does not know
+
+
+def _note(found: set[torch.dtype], module: nn.Module, args: object, output: torch.Tensor) -> None:
+    found.add(output.dtype)
 
 
 def test_a_failed_forward_pass_ends_mixed_precision(llama: Path, tmp_path: Path) -> None:
