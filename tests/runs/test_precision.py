@@ -41,6 +41,7 @@ def test_float32_weights_train_by_products_in_bfloat16(
             dict(run.prepared.subject.parameters()),
             cases.metrics(run.folder)[-1]["eval_loss"],
         )
+        load_result(run.recipe, run.folder)  # raises for a dtype it does not know
     assert products == {"float32": {torch.float32}, "mixed": {torch.bfloat16}}
     assert losses["mixed"] == pytest.approx(losses["float32"], rel=0.02)
     assert any(not torch.equal(value, values["float32"][name]) for name, value in values["mixed"].items())
