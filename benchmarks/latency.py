@@ -1,6 +1,6 @@
 """Table 1 of the paper on this machine: the time of a forward pass of GPT-2 medium's shape, with and without adapters.
 
-    python -m benchmarks.latency --write docs/results/paper/latency.md
+    python -m benchmarks.latency --dtype bfloat16 --write docs/results/paper/latency.md
 
 The base, LoRA merged and unmerged, and adapters of Houlsby and Lin of about the same size, all with random weights:
 what is timed does not depend on them. The five models take turns, in an order that moves on by one every round, and
@@ -36,10 +36,10 @@ _PAPER = {  # in ms, on a Quadro RTX8000
 }
 
 
-def variants(houlsby: int, lin: int, device: str, sizes: dict[str, int]) -> dict[str, Any]:
+def variants(houlsby: int, lin: int, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> dict[str, Any]:
     """Return the models by name, the base first."""
     torch.manual_seed(0)
-    base: Any = GPT2Model(GPT2Config(**sizes)).to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    base: Any = GPT2Model(GPT2Config(**sizes)).to(device, dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
     found: dict[str, Any] = {"base": base}
     for name, spec in (
         ("lora, merged", lorank.LoRA(rank=_RANK)),
@@ -117,26 +117,32 @@ def table(batch: int, length: int, size: str, times: dict[str, list[float]], mod
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="put the tables into this page, behind its line '<!-- tables -->'")
+    parser.add_argument("--write", type=Path, help="put the tables into this page, behind its line '<!-- DTYPE -->'")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
+    parser.add_argument("--largest", type=int, default=2**20, help="leave out batches of more tokens than this")
     parser.add_argument("--rounds", type=float, default=1.0, help="times the usual number of rounds")
     parser.add_argument("--layers", type=int, default=24, help="fewer for a trial")
     chosen = parser.parse_args()
     sizes = {"n_embd": 1024, "n_head": 16, "n_layer": chosen.layers}
     lines = [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, "
-        f"{chosen.device}, float32",
+        f"{chosen.device}, {chosen.dtype}",
         "",
     ]
     for batch, length, size, houlsby, lin, rounds in reversed(_SETTINGS):
-        models = variants(houlsby, lin, chosen.device, sizes)
+        if batch * length > chosen.largest:
+            continue
+        models = variants(houlsby, lin, chosen.device, getattr(torch, chosen.dtype), sizes)
         ids = torch.randint(0, 50257, (batch, length), generator=torch.Generator().manual_seed(1)).to(chosen.device)
         times = rounds_of(models, ids, max(2, round(rounds * chosen.rounds)))
         lines += table(batch, length, size, times, models)
         print("\n".join(lines), flush=True)
         if chosen.write:
-            before = chosen.write.read_text().split("<!-- tables -->")[0]
-            chosen.write.write_text(before + "<!-- tables -->\n" + "\n".join(lines))
+            mark = f"<!-- {chosen.dtype} -->"
+            before, _, rest = chosen.write.read_text().partition(mark)
+            after = rest[rest.index("<!--") :] if "<!--" in rest else ""
+            chosen.write.write_text(before + mark + "\n" + "\n".join(lines) + after)
 
 
 if __name__ == "__main__":
