@@ -9,6 +9,7 @@ those of the first seed; one of over 2 MB is left out.
 import argparse
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def _keep_adapter(adapter: Path, target: Path, places: dict[str, str]) -> None:
 def _renamed(text: str, places: dict[str, str]) -> str:
     for place, name in places.items():
         text = text.replace(place, name)
-    return text
+    return re.sub(r"[^\s']*/(?=recipes/)", "", text)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,12 @@ class Display:
             self.bar.update(self.task, completed=event.step, numbers=numbers)
             return
         now = time.monotonic()
-        if event.step in (self.first + 1, self.steps) or now - self.spoke >= _QUIET:
+        if event.step == self.first + 1:  # it takes longer than others, and the evaluation before it is no step
+            self.began = self.spoke = now
+            say(f"step {event.step}/{self.steps}  {numbers}")
+        elif event.step == self.steps or now - self.spoke >= _QUIET:
             self.spoke = now
-            left = (now - self.began) / (event.step - self.first) * (self.steps - event.step)
+            left = (now - self.began) / (event.step - self.first - 1) * (self.steps - event.step)
             say(f"step {event.step}/{self.steps}  {numbers}  {clock(left)} left")
 
     def evaluated(self, event: Any) -> None:
