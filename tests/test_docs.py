@@ -1,8 +1,8 @@
 """Every code block of the README and of docs/ runs, and every output shown is what comes out.
 
 `python` blocks share one namespace, and `text` is what the block before prints. `console` blocks hold `$ lorank ...`
-lines, each with its output, in which numbers may differ and a line `...` stands for any lines. A `yaml` or `json`
-block that begins with a comment `# name` is a file of that name.
+lines, each with its output, in which numbers may differ, but for counts in full (1,234), and a line `...` stands for
+any lines. A `yaml` or `json` block that begins with a comment `# name` is a file of that name.
 """
 
 import contextlib
@@ -88,9 +88,12 @@ def run_console(block: str) -> list[tuple[str, str, str]]:
 
 
 def masked(text: str) -> str:
-    """Return a text in which every number looks alike, blanks between words do, and any hub is the real one."""
+    """Return a text in which numbers look alike, blanks between words do, and any hub is the real one.
+
+    Those in full (1,234), but for speeds, are counts, and stay.
+    """
     text = re.sub(r"http://127\.0\.0\.1:\d+", "https://huggingface.co", text)
-    text = re.sub(r"\d[\d,.:]*(?:e[+-]?\d+)?", "0", text)
+    text = re.sub(r"(?<![\d.])(\d{1,3}(?:,\d{3})+)(?![\d,]|\.\d| tokens/s)|\d[\d,.:]*(?:e[+-]?\d+)?", r"<\1>", text)
     return "\n".join(re.sub(r"[ \t-]+", " ", line).strip() for line in text.strip().splitlines())
 
 

@@ -20,6 +20,10 @@ def raise_problems(action: str, problems: Sequence[str]) -> None:
     raise AdapterError(f"{action}:\n  " + "\n  ".join(problem.replace("\n", "\n  ") for problem in problems))
 
 
+class DivergedError(AdapterError):
+    """A loss or a gradient is not finite: the learning rate is too high, or a number in model or data is wrong."""
+
+
 def dtype_name(dtype: object) -> str:
     """Return a torch.dtype as texts and files call it: `bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .data import padding_id
-from .errors import AdapterError, did_you_mean, enumerate_names, raise_problems
+from .errors import AdapterError, did_you_mean, enumerate_names, nearest, raise_problems
 from .extras import require
 from .shapes import SHAPES, configuration_of
 
@@ -19,6 +19,15 @@ _CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
 }
+
+
+# Architectures whose positions are counted from the padding's number on, so that they read two tokens less.
+_COUNTED_FROM_PADDING = frozenset(
+    {
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "longformer"),
+        *("data2vec-text", "ibert", "esm"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,11 @@ def _configured(name: str, changed: Mapping[str, Any], options: dict[str, Any]) 
     return {key: value for key, value in options.items() if key not in own} | {"config": config}
 
 
+def computing(changed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the changed values of a configuration that count at inference, where nothing is dropped out."""
+    return {key: value for key, value in (changed or {}).items() if "drop" not in key}
+
+
 def padding_of_classifier(config: Any, tokenizer: Any) -> int | None:
     """Return the padding that a decoder's classifier must know, to find the last token before it; None for encoders.
 
@@ -108,12 +122,21 @@ def padding_of_classifier(config: Any, tokenizer: Any) -> int | None:
     return padding_id(tokenizer)
 
 
-def empty_base(name: str, task: str, *, dtype: torch.dtype | None = None, labels: int = 2) -> Any:
+def empty_base(
+    name: str,
+    task: str,
+    *,
+    dtype: torch.dtype | None = None,
+    labels: int = 2,
+    changed: Mapping[str, Any] | None = None,
+) -> Any:
     """Return a base on the meta device, from its configuration alone.
 
-    name: a hub id, a folder, a GGUF file, or one of `shapes.SHAPES`.
+    name: a hub id, a folder, a GGUF file, or one of `shapes.SHAPES`. changed: values in its configuration.
     """
     config = configuration(name)
+    for key, value in (changed or {}).items():
+        setattr(config, key, value)
     if task != "causal-lm":
         config.num_labels = 1 if task == "regression" else labels
     cls = getattr(require("transformers", "building a model"), _CLASSES[task])
@@ -188,8 +211,8 @@ def longest(config: Any, tokenizer: Any) -> int:
     """Return how many tokens a model can read, as its configuration or tokenizer says."""
     config = getattr(config, "text_config", config)
     limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
-    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
-        limits = [limit and limit - 2 for limit in limits]  # their positions are counted from the padding's on
+    if getattr(config, "model_type", "") in _COUNTED_FROM_PADDING:
+        limits = [limit and limit - 2 for limit in limits]
     limits.append(getattr(tokenizer, "model_max_length", None))
     return min((int(limit) for limit in limits if limit), default=1024)
 
@@ -234,6 +257,8 @@ def _location(name: str) -> tuple[str, str | None]:
         require("gguf", "reading a GGUF file")
         require("accelerate", "reading a GGUF file")
         return str(path.parent), path.name
+    if name.startswith("paper/") and not path.exists():
+        raise AdapterError(f"there is no shape {name}; {did_you_mean(name, list(SHAPES))}")
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local and not path.exists():
         raise AdapterError(f"there is no folder {name}")
@@ -256,7 +281,9 @@ def _reading(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         where = "" if Path(name).expanduser().exists() else " (it is no folder here, so it was looked for on the hub)"
-        raise AdapterError(f"cannot load {name}{where}: {first}") from error
+        near = nearest(name, list(SHAPES)) if where else []
+        shape = f"; lorank plan knows the shape {near[0]}" if near else ""
+        raise AdapterError(f"cannot load {name}{where}: {first}{shape}") from error
 
 
 @contextlib.contextmanager

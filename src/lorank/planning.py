@@ -60,7 +60,7 @@ def plan(
     inserted = _inserted(arranged, names, problems)
     own_copies = [f"re:{re.escape(module)}" for arrangement in arranged for module in arrangement.train_also]
     asked = [train_also] if isinstance(train_also, str) else [*train_also]
-    _leave_to_copies(asked, names, selection, problems)
+    _leave_to_copies([*asked, *own_copies], names, selection, problems)
     copies = find_copies([*asked, *own_copies], names, selection, problems)
     bias = "all" if any(arrangement.bias == "all" for arrangement in arranged) else bias
     specs = _specs_by_layer(update, ranks or {}, alphas or {}, names, selection, problems) if update else {}
@@ -195,7 +195,7 @@ def warn(plan: Plan, stacklevel: int = 3) -> None:
         warnings.warn(text, AdapterWarning, stacklevel=stacklevel)
     passed: dict[str, list[str]] = {}
     for name, reason in plan.left_out.items():
-        if reason not in (OUTPUT_HEAD, BARE_PARAMETER):
+        if reason not in (OUTPUT_HEAD, TRAINED_WHOLE, BARE_PARAMETER):
             passed.setdefault(reason, []).append(name)
     if passed:
         text = "; ".join(f"{enumerate_names(layers, 3)}: {reason}" for reason, layers in passed.items())

@@ -158,4 +158,7 @@ def test_words_of_the_command_are_checked(bert: Path, tmp_path: Path) -> None:
 def test_intervals_are_student_s() -> None:
     assert margin_of([0.8]) is None
     assert margin_of([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2.776445 * 2.5**0.5 / 5**0.5, rel=1e-5)
-    assert overhead([(2.0, 1.0), (3.0, 1.0), (9.0, 1.0)]) == 3.0
+    assert overhead([(2.0, 1.0), (3.0, 1.0), (9.0, 1.0)]) == (3.0, 2.0, 9.0)
+    # Of ten values the second and the ninth hold the median at 97.9 %, the third and the eighth at 89.1 %.
+    assert overhead([(float(i), 1.0) for i in range(10)]) == (4.5, 1.0, 8.0)
+    assert overhead([(float(i), 1.0) for i in range(1, 7)]) == (3.5, 1.0, 6.0)

@@ -89,7 +89,7 @@ def compare(
     shared = Recipe.of(recipe, parse_overrides(overrides or []))
     chosen = {"max_new_tokens": max_new_tokens, "beams": beams, "length_penalty": length_penalty}
     chosen |= {"no_repeat_ngram_size": no_repeat_ngram}
-    texts = _texts(metrics, test_data or shared.eval_data, test_limit, chosen)
+    texts = _texts(metrics, test_data, test_limit, chosen, shared)
     folder = Path(output or f"runs/compare-{Path(recipe).stem}").expanduser()
     arms = arms_of(methods, shared)
     with err.status("looking at every method ..."):
@@ -98,7 +98,7 @@ def compare(
             require_questions(texts, [arm.recipe(found.shared) for arm in found.arms])
     remember(found)
     for trial in found.trials():
-        if trial.best is None:
+        if trial.best is None and not trial.diverged:
             say(trial.name, "bold")
             _train(trial)
         trial.tidy()
@@ -122,7 +122,7 @@ def compare(
     result(facts, as_json, show)
 
 
-def _texts(metrics: str | None, data: str | None, limit: int | None, chosen: dict[str, Any]) -> Any:
+def _texts(metrics: str | None, data: str | None, limit: int | None, chosen: dict[str, Any], shared: Any) -> Any:
     """Return what is to be written and scored, checked before anything is trained; None without --metrics."""
     if metrics is None:
         given = [name for name, value in {**chosen, "test_limit": limit}.items() if value is not None]
@@ -134,11 +134,14 @@ def _texts(metrics: str | None, data: str | None, limit: int | None, chosen: dic
     from ..evaluation import chosen_metrics, require_metrics
     from .answering import decoding_of
 
+    split = "test"
+    if data is None:
+        data, split, limit = shared.eval_data, shared.eval_split, limit or shared.eval_limit
     if data is None:
         raise UsageError("--metrics needs --test-data, or eval_data in the recipe: prompts with their references")
     names = chosen_metrics(metrics)
     require_metrics(names)
-    return Texts(data, limit, tuple(names), decoding_of(chosen))
+    return Texts(data, limit, tuple(names), decoding_of(chosen), split)
 
 
 def _score(trial: Any, texts: Any) -> dict[str, float]:
@@ -154,10 +157,17 @@ def _score(trial: Any, texts: Any) -> dict[str, float]:
 
 def _train(trial: Any) -> None:
     """Train to the end; an interruption ends the command."""
+    from ..errors import DivergedError
     from .train import run_to_its_end
 
     with err.status("reading data, loading the model ..."):
         run = trial.start()
-    if not run_to_its_end(run).done:
+    try:
+        end = run_to_its_end(run)
+    except DivergedError as error:
+        trial.give_up(error)
+        say(f"this rate is too high: {error}", "yellow")
+        return
+    if not end.done:
         say("stopped; the same command goes on with it", "yellow")
         raise typer.Exit(130)

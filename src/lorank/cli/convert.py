@@ -108,11 +108,11 @@ def _verified(name: str, done: Any, given: dict[str, Any]) -> Any:
 
     from ..converting import verify as compare
     from ..formats import Given
-    from ..models import load_base
+    from ..models import computing, load_base
 
     task, labels = _purpose(done.content, name)
     with err.status(f"loading {name} to compare ..."):
-        base = load_base(name, task, labels=labels)
+        base = load_base(name, task, labels=labels, changed=computing(done.content.about.get("model_options")))
         tokens = base.model.get_input_embeddings().num_embeddings
         ids = torch.randint(tokens, (2, 16), generator=torch.Generator().manual_seed(0))
         return compare(base.model, done.source, done.target, {"input_ids": ids}, Given(**given), done.told)

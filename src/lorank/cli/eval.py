@@ -135,7 +135,8 @@ def evaluate(
     found = about | {"examples": rows[0]["examples"], "task": loaded.about["task"], "scores": scores}
 
     def show() -> None:
-        shown = [{"adapter": row["adapter"] or "(base)"} | {k: number(row[k]) for k in list(row)[1:]} for row in scores]
+        alone = "(base)" if loaded.adapters or base else "(the model)"
+        shown = [{"adapter": row["adapter"] or alone} | {k: number(row[k]) for k in list(row)[1:]} for row in scores]
         table(shown, f"{found['examples']:,} examples of {data}", numbers=list(shown[0])[1:])
 
     result(found, as_json, show)

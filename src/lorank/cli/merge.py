@@ -46,7 +46,7 @@ def merge(
     import torch
 
     from ..formats import read
-    from ..models import checkpoint_folder
+    from ..models import checkpoint_folder, computing
     from ..runs.loading import base_of, folder_of, labels_of
 
     place = folder_of(adapter)
@@ -59,10 +59,16 @@ def merge(
         raise UsageError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
     kind = getattr(torch, dtype) if dtype else None
     labels = labels_of(content, name)
-    options = {"allow_other_base": allow_other_base, "allow_pickle": allow_pickle}
+    changed = computing(content.about.get("model_options"))
+    options: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_pickle": allow_pickle}
     if in_memory:
-        report = _in_memory(name, place, Path(target), task, labels, kind, options)
+        report = _in_memory(name, place, Path(target), task, labels, kind, options | {"changed": changed})
     else:
+        if changed:
+            raise AdapterError(
+                f"the adapter was trained on a base with {changed} in its configuration; --in-memory merges it, and "
+                "writes the configuration with them"
+            )
         report = _streamed(checkpoint_folder(name), place, Path(target), task, labels, kind, options)
     rows = [
         {**dataclasses.asdict(row), "dtype": dtype_name(row.dtype)}
@@ -121,7 +127,8 @@ def _in_memory(name: str, place: Path, target: Path, task: str, labels: Any, dty
 
     say("loading the whole model", "dim")
     # In float32 first: the base rounded to the dtype before the update is added would be rounded twice.
-    base = load_base(name, task, dtype=torch.float32 if dtype else None, labels=labels)
+    changed = options.pop("changed")
+    base = load_base(name, task, dtype=torch.float32 if dtype else None, labels=labels, changed=changed)
     require_trained_head(base, load(base.model, place, **options).copies, "the adapter")
     report = merge_model(base.model)
     if dtype:

@@ -218,7 +218,10 @@ def _side_by_side(
     def show() -> None:
         out.print(f"{model}: {base:,} parameters; a step on {asked}")
         table(rows, numbers=[name for name in rows[0] if name != "method"])
-        out.print("(forward, step: operations for each token of the text)")
+        out.print(
+            "(activations: at the moment of the peak, which with many gradients is late, when most are freed again; "
+            "forward, step: operations for each token of the text)"
+        )
         for remark in remarks:
             out.print(remark)
 

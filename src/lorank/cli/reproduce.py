@@ -1,9 +1,11 @@
 """lorank reproduce: a row of the paper's tables, trained, scored, and put beside what was published."""
 
+import json
 from typing import Annotated, Any
 
 import typer
 
+from ..errors import AdapterError
 from .console import UsageError, err, out, result, say, table
 from .options import Json
 
@@ -109,8 +111,11 @@ def _train(job: Any) -> None:
     from ..reproduction.jobs import begin
     from .train import announce, run_to_its_end
 
-    with err.status("reading data, loading the model ..."):
-        run = begin(job)
+    try:
+        with err.status("reading data, loading the model ..."):
+            run = begin(job)
+    except AdapterError as error:
+        raise AdapterError(f"{job.name}: {error}\n(KEY=VALUE changes a key of the row, such as warmup=2)") from error
     announce(run.prepared, preview=False)
     if not run_to_its_end(run).done:
         say(f"stopped {job.name}; the same command goes on with it", "yellow")
@@ -140,6 +145,8 @@ def _report(row: Any, jobs: Any, wanted: Any, as_json: bool) -> None:
         shown = [line.shown() for line in lines]
         numbers = [name for name in shown[0] if name not in ("task", "metric")]
         table(shown, f"{row.name}, Table {row.table}, hyperparameters: {wanted.hyperparameters}", numbers=numbers)
+        for line in facts["about"]:
+            out.print(line)
         out.print(f"results: {folder / 'results.json'}, {folder / 'results.md'}")
 
     result(facts, as_json, show)
@@ -159,10 +166,14 @@ def _dry_run(row: Any, jobs: Any, wanted: Any, as_json: bool) -> None:
                 out.print(f"# unstated: {key}: {remark}")
             if plan["start_from"]:
                 out.print(f"# starts from the best run of {plan['start_from']}")
-            counted = f"{plan['trainable_parameters']:,} parameters to train, without a classifier's head"
+            if plan["test"]:
+                test = [f"{key} {json.dumps(value)}" for key, value in plan["test"].items() if value not in (None, {})]
+                out.print(f"# then scored by what it writes: {', '.join(test)}")
+            head = "" if plan["recipe"]["task"] == "causal-lm" else ", without a classifier's head"
+            counted = f"{plan['trainable_parameters']:,} parameters to train{head}"
             out.print(f"# {counted}; published: {row.parameters}")
             scores = ", ".join(f"{name} {text}" for name, text in plan["published"].items())
-            out.print(f"# published: {scores}; {plan['seeds']} seeds, {row.report}")
+            out.print(f"# published: {scores}; {plan['seeds']} seed{'s' if plan['seeds'] > 1 else ''}, {row.report}")
             out.print()
         out.print("dry run: nothing was trained or written")
 

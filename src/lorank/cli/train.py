@@ -143,6 +143,8 @@ def _preview(prepared: Any, examples: Sequence[Any]) -> None:
         err.print(line)
     if prepared.recipe.task == "causal-lm":
         say(f"(trained tokens are {'green' if coloured else 'in ⟦⟧'})", "dim")
+    if special := prepared.task.special:
+        say(f"(with {special.prefix} special tokens in front of the prompt and {special.infix} behind it)", "dim")
 
 
 def _dry_run(prepared: Any, as_json: bool) -> None:
@@ -168,7 +170,7 @@ def _dry_run(prepared: Any, as_json: bool) -> None:
 
     def show() -> None:
         if isinstance(memory, str):
-            out.print(f"memory: this model cannot be counted without its weights ({memory})")
+            out.print(f"memory: not counted ({memory})")
         else:
             parts = ", ".join(f"{name} {readable(size)}" for name, size in dataclasses.asdict(memory).items())
             out.print(f"memory of a step on the longest examples, estimated: {readable(memory.total)} ({parts})")

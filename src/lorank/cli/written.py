@@ -64,7 +64,7 @@ def keep(found: Named, path: str) -> None:
 def kept(path: str) -> Named:
     """Return the outputs of a file as `keep` writes it; raises AdapterError that names the lines that are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # and at nothing else, as U+2028
     except UnicodeDecodeError as error:
         raise AdapterError(f"{path} is not UTF-8 text: {error}") from None
     found: Named = {}
@@ -106,5 +106,6 @@ def counts(found: Named) -> dict[str, int]:
 
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Print rows of scores as a table."""
-    shown = [{"adapter": row["adapter"] or "(base)"} | {key: number(row[key]) for key in list(row)[1:]} for row in rows]
+    alone = "(base)" if any(row["adapter"] for row in rows) else "-"  # another program's, or a model's that has none
+    shown = [{"adapter": row["adapter"] or alone} | {key: number(row[key]) for key in list(row)[1:]} for row in rows]
     table(shown, title, numbers=list(shown[0])[1:])

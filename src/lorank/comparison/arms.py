@@ -29,7 +29,7 @@ class Arm:
     @property
     def folder(self) -> str:
         """The name of its folder."""
-        return re.sub(r"[^\w.+-]+", "-", self.label).strip("-")
+        return re.sub(r"[^\w.+-]+", "-", self.label.replace("!", "not-")).strip("-")
 
     def recipe(self, shared: Recipe, **changes: Any) -> Recipe:
         """Return the shared recipe with the arm's own keys; what only the shared method has is left out."""
@@ -76,7 +76,11 @@ def arms_of(text: str, shared: Recipe) -> list[Arm]:
             problems.append(f"{word}: {error}")
         found.append(arm)
     folders = [arm.folder for arm in found]
-    problems += [f"'{arm.label}' is named twice" for arm in found if folders.count(arm.folder) > 1][:1]
+    alike = [arm for arm in found if folders.count(arm.folder) > 1]
+    if alike and all(arm.keys == alike[0].keys for arm in alike):
+        problems.append(f"'{alike[0].label}' is named twice")
+    elif alike:
+        problems.append(f"{' and '.join(arm.label for arm in alike)} would have the same folder, {alike[0].folder}")
     if not found and not problems:
         problems.append("no method was named")
     raise_problems("cannot compare these methods", problems)

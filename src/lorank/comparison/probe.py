@@ -6,7 +6,9 @@ prints one line of JSON. Its process trains nothing else, so that its peak is th
 """
 
 import copy
+import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..errors import AdapterError
 from ..merging import merge
 from ..prefixes import special_tokens
 from ..runs.prepare import Prepared, prepare, seed_everything
@@ -23,8 +26,9 @@ from ..runs.recipe import Recipe
 from ..runs.run import peak_memory
 from ..runs.subject import ADAPTER
 from ..surgery import remove
-from ..tasks.base import evaluating, to_device
-from ..training import train
+from ..tasks.base import Tensors, evaluating, to_device
+from ..training import RankBudget, train
+from ..variants import AdaLoRA
 
 
 def measure(recipe: Recipe, steps: int, passes: int) -> dict[str, Any]:
@@ -35,6 +39,7 @@ def measure(recipe: Recipe, steps: int, passes: int) -> dict[str, Any]:
     of the base, one after the other: a pair each pass.
     """
     prepared = prepare(recipe)
+    inference = [baseline.inference() for baseline in prepared.plan.baselines] or ["none added once merged"]
     seed_everything(recipe.seed)
     step, memory = _steps(prepared, steps)
     size = sum(parameter.numel() for parameter in prepared.subject.parameters().values())
@@ -42,8 +47,8 @@ def measure(recipe: Recipe, steps: int, passes: int) -> dict[str, Any]:
         "trainable_parameters": size,
         "step": step,
         "memory": memory,
-        "latency": _passes(prepared, passes),
-        "inference": [baseline.inference() for baseline in prepared.plan.baselines] or ["none added once merged"],
+        "latency": _passes(prepared, passes, inference),
+        "inference": inference,
     }
 
 
@@ -53,11 +58,21 @@ def _steps(prepared: Prepared, steps: int) -> tuple[list[float], int]:
     batches = (
         to_device(task.collate([examples[i] for i in numbers]), device) for numbers in prepared.order.from_batch(0)
     )
+    # Steps enough to be timed, whatever the run has.
+    total = max(steps + 1, prepared.config.steps or 0)
+    config = dataclasses.replace(prepared.config, steps=total)
+    budget = RankBudget(model, total, ADAPTER) if isinstance(prepared.plan.spec, AdaLoRA) else None
+
+    def loss(batch: Tensors) -> tuple[torch.Tensor, int]:
+        summed, weight = task.loss(model, batch)
+        return summed if budget is None else summed + weight * budget.penalty(), weight
+
     found: list[float] = []
     model.train()
     began = time.perf_counter()
-    trained = train(prepared.subject.parameters(), lambda batch: task.loss(model, batch), batches, prepared.config)
-    for step in trained:
+    for step in train(prepared.subject.parameters(), loss, batches, config):
+        if budget is not None:
+            budget.update(step.index)
         _wait(device)
         found.append(time.perf_counter() - began)
         if step.index == 1:  # the optimiser's moments are there from now on
@@ -68,8 +83,8 @@ def _steps(prepared: Prepared, steps: int) -> tuple[list[float], int]:
     return found[1:], _peak(device)
 
 
-def _passes(prepared: Prepared, passes: int) -> list[tuple[float, float]]:
-    """Return pairs of seconds: of the adapted model, and of its base."""
+def _passes(prepared: Prepared, passes: int, inference: list[str]) -> list[tuple[float, float]]:
+    """Return pairs of seconds: of the adapted model, and of its base. What cannot be merged says so in `inference`."""
     examples = (prepared.held_out or prepared.train)[: prepared.recipe.batch_size]
     task, device = prepared.task, prepared.device
     whole = prepared.plan.whole
@@ -78,7 +93,11 @@ def _passes(prepared: Prepared, passes: int) -> list[tuple[float, float]]:
         remove(base, ADAPTER)
     special = None if whole else special_tokens(prepared.model)
     if not whole and all(baseline.merges for baseline in prepared.plan.baselines):
-        merge(prepared.model, ADAPTER)
+        try:
+            merge(prepared.model, ADAPTER)
+        except AdapterError as error:
+            reason = str(error).replace("\n", " ")
+            inference[:] = [f"not merged, which this adapter cannot be: {reason}"]
     inputs = to_device(task.collate(examples), device)
     task.surround(None, ())
     plain = to_device(task.collate(examples), device)
@@ -121,9 +140,18 @@ def _peak(device: torch.device) -> int:
     return peak_memory(device)
 
 
-def overhead(pairs: list[tuple[float, float]]) -> float:
-    """Return how many times as long the first of a pair takes as the second: the median of the ratios."""
-    return statistics.median(first / second for first, second in pairs)
+def overhead(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Return how many times as long the first of a pair takes as the second: the median of the ratios, and an interval.
+
+    The interval is between two of the ratios themselves, so that it holds their true median at 95 %; between the lowest
+    and the highest where there are fewer than six, which hold it less often.
+    """
+    ratios = sorted(first / second for first, second in pairs)
+    count, left_out = len(ratios), 0
+    # At most 2.5 % of all ways in which so many ratios fall around their true median have so few of them on a side.
+    while 40 * sum(math.comb(count, below) for below in range(left_out + 2)) <= 2**count:
+        left_out += 1
+    return statistics.median(ratios), ratios[left_out], ratios[-1 - left_out]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..accounting import readable
 from ..errors import AdapterError
 from ..extras import require
@@ -32,13 +34,14 @@ class Line:
     scores: dict[str, tuple[float, ...]]  # by name, and then by seed: of what each run has kept
     last: tuple[float, ...]  # of the last evaluation, of the score by which runs are compared
     learning_rate: float
-    tuned: dict[str, float]  # the mean score in tuning, by learning rate; {} without tuning
+    tuned: dict[str, float | None]  # the mean score in tuning, by learning rate; None where a run has none
     trainable_parameters: int
     bytes: int  # of the adapter, or of the whole checkpoint
     step: float  # seconds, the median
     memory: int  # bytes at the peak of a step
     latency: float  # seconds of a forward pass, the median
     overhead: float  # times that of the base: the median of ratios
+    overhead_interval: tuple[float, float]  # at 95 %, of this median
     inference: str
     seeds: tuple[int, ...] = field(default=())
 
@@ -59,7 +62,7 @@ class Line:
             "step": f"{1000 * self.step:.0f} ms",
             "peak": readable(self.memory),
             "forward": f"{1000 * self.latency:.1f} ms",
-            "of base": f"x {self.overhead:.2f}",
+            "of base": f"x {self.overhead:.2f} ({self.overhead_interval[0]:.2f} to {self.overhead_interval[1]:.2f})",
         }
 
 
@@ -76,6 +79,11 @@ def margin_of(values: Sequence[float]) -> float | None:
     return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) else None
+
+
 def costs_of(comparison: Comparison, arm: Arm, steps: int, passes: int) -> dict[str, Any]:
     """Return what an arm costs, measured by `probe` in a process of its own unless it was before."""
     trial = comparison.final(arm)[0]
@@ -87,10 +95,13 @@ def costs_of(comparison: Comparison, arm: Arm, steps: int, passes: int) -> dict[
             return before["costs"]
     recipe = trial.folder.parent / "probe.yaml"
     write_atomically({recipe: trial.recipe.to_yaml().encode()})
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # for the other process
     command = [sys.executable, "-W", "ignore", "-m", "lorank.comparison.probe", str(recipe), str(steps), str(passes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise AdapterError(f"cannot measure {arm.label}: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise AdapterError(f"cannot measure {arm.label}: {said[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
     write_atomically({path: json.dumps({"of": asked, "costs": found}).encode()})
     return found
@@ -112,22 +123,24 @@ def lines_of(
         if any(best is None for best in scores):
             raise AdapterError(f"{arm.label}: not all runs are finished")
         cost, name = costs[arm.label], comparison.score
-        tuned: dict[str, list[float]] = {}
+        times, low, high = overhead(cost["latency"])
+        tuned: dict[str, list[float | None]] = {}
         for trial in comparison.tuning(arm):
-            tuned.setdefault(f"{trial.recipe.learning_rate:.3g}", []).append((trial.best or {})[name])
+            tuned.setdefault(f"{trial.recipe.learning_rate:.3g}", []).append((trial.best or {}).get(name))
         lines.append(
             Line(
                 method=arm.label,
                 scores=_joined(written.get(arm.label, ())) | {name: tuple((best or {})[name] for best in scores)},
                 last=tuple(last_scores(trial.folder)[name] for trial in trials),
                 learning_rate=trials[0].recipe.learning_rate or 0.0,
-                tuned={rate: statistics.mean(values) for rate, values in tuned.items()},
+                tuned={rate: _mean(values) for rate, values in tuned.items()},
                 trainable_parameters=cost["trainable_parameters"],
                 bytes=_kept_bytes(trials[0].folder),
                 step=statistics.median(cost["step"]),
                 memory=cost["memory"],
                 latency=statistics.median(pair[0] for pair in cost["latency"]),
-                overhead=overhead(cost["latency"]),
+                overhead=times,
+                overhead_interval=(low, high),
                 inference="; ".join(cost["inference"]),
                 seeds=tuple(trial.seed for trial in trials),
             )

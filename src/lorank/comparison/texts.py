@@ -29,7 +29,7 @@ class Texts:
     limit: int | None
     metrics: tuple[str, ...]
     decoding: Decoding
-    split: str = "test"
+    split: str
 
 
 def require_questions(texts: Texts, recipes: Iterable[Recipe]) -> None:

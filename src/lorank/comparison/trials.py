@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, DivergedError
 from ..formats.safetensors_file import write_atomically
 from ..runs.checkpoint import FILE as CHECKPOINT
 from ..runs.finished import begin, best_scores
@@ -15,7 +17,7 @@ from ..runs.recipe import Recipe
 from ..runs.run import Run
 from .arms import Arm
 
-SETTINGS = "comparison.json"
+SETTINGS, DIVERGED = "comparison.json", "diverged.txt"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ class Trial:
     def best(self) -> dict[str, float] | None:
         """The scores of what its run has kept; None before it is finished."""
         return best_scores(self.folder)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its training ended in numbers that are none."""
+        return (self.folder / DIVERGED).is_file()
+
+    def give_up(self, reason: DivergedError) -> None:
+        """Remember that its learning rate is too high; raises the reason where the rate is the chosen one."""
+        if not self.tuning:
+            raise AdapterError(f"{self.name}: {reason}") from reason
+        write_atomically({self.folder / DIVERGED: f"{reason}\n".encode()})
 
     def start(self) -> Run:
         """Return its run, new or taken up again."""
@@ -89,17 +102,23 @@ class Comparison:
             return self.factors[0]
         found: dict[float, list[float]] = {}
         for trial in self.tuning(arm):
-            best = trial.best
-            if best is None:
+            if trial.best is None and not trial.diverged:
                 return None
-            found.setdefault(trial.factor, []).append(self.goodness(trial, best))
-        return max(found, key=lambda factor: sum(found[factor]) / len(found[factor]))
+            found.setdefault(trial.factor, []).append(self.goodness(trial))
+        means = {factor: sum(values) / len(values) for factor, values in found.items()}
+        chosen = max(means, key=lambda factor: means[factor])
+        if means[chosen] == -math.inf:
+            raise AdapterError(
+                f"{arm.label}: no run of any of the rates has a number for '{self.score}'; lower --rates"
+            )
+        return chosen
 
-    def goodness(self, trial: Trial, scores: dict[str, float]) -> float:
-        """Return a score by which more is better."""
-        name = self.score
-        value = scores[name]
-        return -value if name in ("loss", "perplexity") else value
+    def goodness(self, trial: Trial) -> float:
+        """Return the score of a finished run as a number by which more is better; -inf where it has none."""
+        value = (trial.best or {}).get(self.score)
+        if value is None:  # also what JSON has for NaN and infinity
+            return -math.inf
+        return -value if self.score in ("loss", "perplexity") else value
 
     @property
     def score(self) -> str:
@@ -153,21 +172,23 @@ def settled(comparison: Comparison) -> Comparison:
 def remember(comparison: Comparison) -> None:
     """Write down what is compared; raises AdapterError where the folder has a comparison of something else.
 
-    Methods, seeds and rates may be added: a run is known by its rate and seed.
+    Methods, seeds and rates may be added: a run is known by its method's folder, its rate and its seed.
     """
     path = comparison.output / SETTINGS
-    now = {
-        "shared": dataclasses.asdict(comparison.shared),
-        "tune_share": comparison.tune_share,
-    }
+    shared = {key: value for key, value in dataclasses.asdict(comparison.shared).items() if key != "output"}
+    # The rate that a method has by itself follows from the rest, and is in the name of each run.
+    arms = {arm.folder: {k: v for k, v in arm.keys.items() if k != "learning_rate"} for arm in comparison.arms}
+    now: dict[str, Any] = {"shared": shared, "tune_share": comparison.tune_share, "methods": arms}
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        other = [key for key in now["shared"] if before["shared"].get(key) != now["shared"][key]]  # type: ignore[attr-defined]
+        other = [key for key in shared if before["shared"].get(key) != shared[key]]
         other += ["tune_share"] if before["tune_share"] != now["tune_share"] else []
-        other = [key for key in other if key != "output"]
+        known = before.get("methods", {})
+        other += [f"method in {folder}" for folder in arms if known.get(folder, arms[folder]) != arms[folder]]
         if other:
             raise AdapterError(
                 f"{comparison.output} has a comparison with another {other[0]}; --output names another folder"
             )
+        now["methods"] = known | arms
     comparison.output.mkdir(parents=True, exist_ok=True)
     write_atomically({path: (json.dumps(now, indent=2) + "\n").encode()})

@@ -110,7 +110,10 @@ def remember(jobs: Sequence[Job], output: Path) -> None:
     """Write down the recipes of the jobs; raises AdapterError where a folder has runs of other ones."""
     path = output / SETTINGS
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    now = {f"{job.task.name}/seed-{job.seed}": dataclasses.asdict(job.recipe) for job in jobs}
+    now = {
+        f"{job.task.name}/seed-{job.seed}": dataclasses.asdict(job.recipe) | {"start_from": job.start_from}
+        for job in jobs
+    }
     problems = []
     for job, (name, recipe) in zip(jobs, now.items(), strict=True):
         other = before.get(name)

@@ -104,7 +104,10 @@ def write_results(
         "hyperparameters": hyperparameters,
         "model": recipe.model,
         "lorank": __version__,
-        "parameters": {"published": row.parameters},
+        "parameters": {
+            "published": row.parameters,
+            "counted": {job.task.name: trainable_parameters(job.recipe, job.task.labels) for job in jobs},
+        },
         "changed": changed,
         "runs": [str(job.folder) for job in jobs],
         "results": [line.to_json() for line in lines],
@@ -118,6 +121,7 @@ def write_results(
         *(f"unstated in the paper: {key}: {remark}" for key, remark in row.unstated.items()),
         *row.notes,
     ]
+    facts["about"] = about
     texts = {RESULTS: json.dumps(facts, indent=2, ensure_ascii=False) + "\n", TABLE: markdown(row, lines, about)}
     write_atomically({folder / name: text.encode() for name, text in texts.items()})
     return facts
@@ -128,6 +132,8 @@ def changes_of(row: Row, job: Job, hyperparameters: str) -> dict[str, Any]:
     given, own = asdict(job.recipe), asdict(row.recipe(job.task, hyperparameters))
     found = {key: value for key, value in given.items() if key not in ("seed", "output") and value != own[key]}
     test = job.task.test[hyperparameters]
+    if job.start_from != job.task.start_from and job.recipe.init_adapter is None:
+        found["start"] = f"from nothing, not from {job.task.start_from}"
     return found | ({"test data": job.test.data} if job.test is not None and job.test != test else {})
 
 
@@ -138,8 +144,13 @@ def _listed(keys: Mapping[str, Any]) -> str:
 def plan_of(row: Row, job: Job, hyperparameters: str) -> dict[str, Any]:
     """Return what a job would do, without its data: the recipe and the parameters that it trains."""
     defaults = Recipe(model="-", data="-")
-    recipe = {key: value for key, value in asdict(job.recipe).items() if value != getattr(defaults, key)}
-    recipe = {key: value for key, value in recipe.items() if key not in ("seed", "output")}
+    # With lorank's own defaults where they are what the paper states.
+    stated = ("task", "batch_size", "accumulate", "schedule", "warmup", "weight_decay", "dropout", "label_smoothing")
+    recipe = {
+        key: value
+        for key, value in asdict(job.recipe).items()
+        if (value != getattr(defaults, key) or key in stated) and key not in ("seed", "output")
+    }
     yaml = require("yaml", "showing a recipe")
     return {
         "task": job.task.name,
@@ -150,5 +161,5 @@ def plan_of(row: Row, job: Job, hyperparameters: str) -> dict[str, Any]:
         "published_parameters": row.parameters,
         "counted_in_file": job.task.counted.get(hyperparameters, job.task.counted.get(PAPER)),
         "published": {name: published.text for name, published in job.task.published.items()},
-        "test": None if job.test is None else asdict(job.test),
+        "test": None if job.test is None else {"metrics": list(job.task.metrics), **asdict(job.test)},
     }

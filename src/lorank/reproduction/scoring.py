@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..data import open_source, rendering_of
-from ..data.rendering import Completion
+from ..data.rendering import Rendering
 from ..errors import AdapterError
 from ..evaluation import Decoding, complete, require_metrics, require_room, text_scores
 from ..formats.safetensors_file import write_atomically
 from ..models import configuration, load_tokenizer, longest
 from ..runs.finished import load_result
+from ..runs.loading import Loaded
 from ..runs.method import special_tokens_around
 from ..tasks.base import evaluating
 from .jobs import Job
@@ -62,14 +63,24 @@ def require_scorers(jobs: Iterable[Job]) -> None:
         tokenizer = load_tokenizer(job.recipe.model)
         most = longest(configuration(job.recipe.model), tokenizer)
         around = special_tokens_around(job.recipe)
-        require_room(tokenizer, list(_asked(job, job.test)), decoding, most, around=around)
+        rendering = _rendering(job, tokenizer)
+        require_room(
+            tokenizer,
+            list(_asked(job, job.test, rendering)),
+            decoding,
+            most,
+            special_tokens=rendering.special_tokens,
+            around=around,
+        )
 
 
 def _score_texts(job: Job, test: Test, progress: Progress | None) -> dict[str, float]:
     """Write a text for every prompt of the test data, and score them against all texts that it has there."""
-    asked = _asked(job, test)
+    loaded = load_result(job.recipe, job.folder)
+    rendering = _rendering(job, loaded.base.tokenizer)
+    asked = _asked(job, test, rendering)
     prompts = list(asked)
-    texts = _written(job, test, prompts, progress)
+    texts = _written(loaded, job, test, prompts, rendering.special_tokens, progress)
     lines = [
         {"prompt": prompt, "output": text, "references": asked[prompt]["references"], "group": asked[prompt]["group"]}
         for prompt, text in zip(prompts, texts, strict=True)
@@ -86,28 +97,35 @@ def _score_texts(job: Job, test: Test, progress: Progress | None) -> dict[str, f
     return found
 
 
-def _asked(job: Job, test: Test) -> dict[str, dict[str, Any]]:
+def _rendering(job: Job, tokenizer: Any) -> Rendering:
+    return rendering_of(dataclasses.asdict(job.recipe), tokenizer)
+
+
+def _asked(job: Job, test: Test, rendering: Rendering) -> dict[str, dict[str, Any]]:
     """Return the references, and the group, of each prompt of the test data."""
     recipe = job.recipe
     records = open_source(test.data, test.split, test.limit, recipe.reader)
+    if test.groups is not None and test.groups not in records.column_names:
+        raise AdapterError(f"{test.data} has no column '{test.groups}', by which {job.task.name} is scored in groups")
     asked: dict[str, dict[str, Any]] = {}
-    rendering = rendering_of({"prompt": recipe.prompt, "completion": recipe.completion}, None)
-    assert isinstance(rendering, Completion), "a row of texts has prompts and completions"
     for record in records:
         group = str(record[test.groups]) if test.groups else ""
         known = asked.setdefault(rendering.prompt(record), {"references": [], "group": group})
-        known["references"].append(rendering.after.of(record).strip())
+        known["references"].append(rendering.reference(record).strip())
     return asked
 
 
-def _written(job: Job, test: Test, prompts: Sequence[str], progress: Progress | None) -> list[str]:
+def _written(
+    loaded: Loaded, job: Job, test: Test, prompts: Sequence[str], special_tokens: bool, progress: Progress | None
+) -> list[str]:
     """Return what the job's model writes for each prompt."""
-    trained = job.recipe
-    loaded = load_result(trained, job.folder)
+    model, tokenizer = loaded.model, loaded.base.tokenizer
     decoding = Decoding(**test.decoding)
     texts = [""] * len(prompts)
-    with evaluating(loaded.model):
-        written = complete(loaded.model, loaded.base.tokenizer, prompts, decoding, batch_size=trained.batch_size)
+    with evaluating(model):
+        written = complete(
+            *(model, tokenizer, prompts, decoding), special_tokens=special_tokens, batch_size=job.recipe.batch_size
+        )
         for count, (number, text) in enumerate(written, start=1):
             texts[number] = (text.partition(test.stop)[0] if test.stop else text).strip()
             if progress is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import AdapterError
 from ..formats import Content, load, read
 from ..formats.content import outputs_of_head
-from ..models import Base, known_labels, load_base, task_of
+from ..models import Base, computing, known_labels, load_base, task_of
 from ..names import lies_in
 from .recipe import Recipe
 from .run import RECIPE
@@ -73,11 +73,19 @@ def load_adapted(
                 f"adapters {', '.join(contents)} do not go together: '{other}' is for {_purpose(content.about)}, "
                 f"the first for {_purpose(about)}"
             )
+    changed = about.get("model_options")
+    for other, content in contents.items():
+        own = computing(content.about.get("model_options"))
+        if own != computing(changed):
+            raise AdapterError(
+                f"adapters {', '.join(contents)} do not go together: '{other}' was trained on a base with "
+                f"{own} in its configuration, the first with {computing(changed)}"
+            )
     if dtype not in ("auto", "float32", "bfloat16"):
         raise AdapterError(f"dtype is {dtype!r}; it must be auto, float32 or bfloat16")
     where = choose_device(device)
     labels = labels_of(first, name) if first is not None else None
-    base = load_base(name, chosen, dtype=choose_dtype(dtype, where), labels=labels, device=where)
+    base = load_base(name, chosen, dtype=choose_dtype(dtype, where), labels=labels, device=where, changed=changed)
     for adapter, path in places.items():
         require_trained_head(base, contents[adapter].copies, f"adapter '{adapter}'")
         load(base.model, path, adapter, activate=False, allow_other_base=allow_other_base)

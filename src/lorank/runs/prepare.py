@@ -232,9 +232,10 @@ def memory_of(prepared: Prepared) -> Memory | str:
     """Return what a step takes on the run's largest batch, or why that cannot be told; see `step_costs`."""
     recipe, task = prepared.recipe, prepared.task
     if recipe.dtype == "mixed":
-        return "mixed precision keeps activations of both dtypes, which are not counted; float32 takes no less"
+        return "mixed precision keeps activations of both dtypes and bfloat16 copies of weights, which are not counted"
     labels = len(task.labels) if isinstance(task, Classification) else 1
-    model = empty_base(recipe.model, recipe.task, dtype=getattr(torch, recipe.dtype), labels=labels)
+    changed = recipe.model_options
+    model = empty_base(recipe.model, recipe.task, dtype=getattr(torch, recipe.dtype), labels=labels, changed=changed)
     adapt_base(recipe, model)
     batch = task.collate(prepared.largest_batch())
     costs = step_costs(model, task, batch, accumulate=recipe.accumulate > 1, device=prepared.device.type)

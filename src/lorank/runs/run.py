@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..version import __version__
 from . import checkpoint, metrics
 from .prepare import Prepared, seed_everything
 from .recipe import Recipe
-from .subject import ADAPTER, AdapterSubject, restore
+from .subject import ADAPTER, restore
 
 RECIPE, FACTS = "recipe.yaml", "run.json"
 
@@ -177,9 +177,23 @@ class Run:
         """Draw the loss and write down the result."""
         step, best, seconds = self.state.step, self.progress.best, self.progress.seconds
         metrics.plot(self.folder, metrics.read(self.folder), self.folder.name)
+        self._tell_if_worse(best)
         numbers = {key: metrics.plain(value) for key, value in best.items()}
         self._write_facts({"steps_done": step, "best": numbers, "seconds": seconds})
         return Stopped(step, step >= (self.prepared.config.steps or 0), best, seconds)
+
+    def _tell_if_worse(self, best: Mapping[str, float]) -> None:
+        """Add a remark when what is kept is worse than what training began with; that itself is never kept."""
+        name = self._best
+        first = next((one[f"eval_{name}"] for one in metrics.read(self.folder) if f"eval_{name}" in one), None)
+        if first is None or name not in best:
+            return
+        more = self.prepared.task.scores[name]
+        if best[name] < first if more else best[name] > first:
+            self.remarks.append(
+                f"training made it worse: {name} was {first:.4f} before it, and is {best[name]:.4f} in what was kept "
+                f"(step {int(best['step']):,}); try another learning rate, or more steps"
+            )
 
     def _batches(self) -> Iterator[Tensors]:
         examples, task = self.prepared.train, self.prepared.task
@@ -217,6 +231,8 @@ class Run:
     def _keep(self) -> None:
         """Save what was trained as the run's result."""
         about = {**self.prepared.task.about(), "max_length": self.recipe.max_length, "lorank": __version__}
+        if self.recipe.model_options:
+            about["model_options"] = self.recipe.model_options
         self.prepared.subject.keep(self.folder, about)
 
     def _make_folder(self) -> None:
@@ -253,9 +269,7 @@ class Run:
             self.remarks.append(f"the last digits will differ from an uninterrupted run: {enumerate_names(changed)}")
         restore(self.prepared.subject, own)
         self.progress = found
-        for folder in (self.folder, self.folder / AdapterSubject.kept):
-            for partial in folder.glob(".*.partial"):  # of a write that was killed
-                partial.unlink()
+        self.prepared.subject.recover(self.folder)
         if self.state.step >= (self.prepared.config.steps or 0):
             self.remarks.append(f"all {self.state.step:,} steps of this run are done; nothing is left to train")
 

@@ -14,6 +14,7 @@ from ..errors import AdapterError, enumerate_names
 from ..formats import save
 from ..health import Watch
 from ..idle import idle_experts, is_idle
+from ..models import quiet
 from ..surgery import adapter_parameters
 from ..tree import entries
 
@@ -40,6 +41,12 @@ class Subject(ABC):
     @abstractmethod
     def keep(self, run: Path, about: Mapping[str, Any]) -> None:
         """Save the result into a run's folder, in the place of an earlier one."""
+
+    def recover(self, run: Path) -> None:
+        """Remove, or finish, what a process that was killed has left of a write."""
+        for partial in [*run.glob(".*.partial"), *(run / self.kept).glob(".*.partial")]:
+            if partial.is_file():
+                partial.unlink()
 
     def watch(self, steps: int) -> Callable[[], list[str]]:
         """Return what looks after the first steps: it returns remarks, and raises when something does not train."""
@@ -104,14 +111,23 @@ class WholeModel(Subject):
 
         return once
 
+    def recover(self, run: Path) -> None:
+        super().recover(run)
+        target, partial, old = run / self.kept, run / f".{self.kept}.partial", run / f".{self.kept}.old"
+        if old.exists() and not target.exists():  # killed between the two renames of `keep`
+            old.rename(target)
+        shutil.rmtree(partial, ignore_errors=True)
+
     def keep(self, run: Path, about: Mapping[str, Any]) -> None:
         """Save a whole checkpoint, as transformers has it, with the tokenizer; the old one goes when it is there."""
         target, partial, old = run / self.kept, run / f".{self.kept}.partial", run / f".{self.kept}.old"
+        self.recover(run)
         try:
             for leftover in (partial, old):
                 shutil.rmtree(leftover, ignore_errors=True)
-            self.model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+            with quiet():
+                self.model.save_pretrained(partial)
+                self.tokenizer.save_pretrained(partial)
             (partial / ABOUT).write_text(json.dumps(dict(about), indent=2) + "\n", encoding="utf-8")
             if target.exists():
                 target.rename(old)

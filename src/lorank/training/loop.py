@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, AdapterWarning, raise_problems
+from ..errors import AdapterError, AdapterWarning, DivergedError, raise_problems
 from ..idle import idle_experts, is_idle
 from ..surgery import AdapterParameters
 from .groups import by_pace
@@ -149,7 +149,7 @@ def train(
         limit = math.inf if config.clip is None else config.clip
         norm = nn.utils.clip_grad_norm_(trained, limit)
         if not torch.isfinite(norm):
-            raise AdapterError(
+            raise DivergedError(
                 f"the gradient of step {index} is {float(norm)} though its loss is {float(mean):g}; this step has "
                 "changed nothing. Look for a square root or a logarithm of 0 in the model or the loss"
             )
@@ -179,7 +179,7 @@ def _backward(
                 "forward outside torch.no_grad, and gradient checkpointing used with use_reentrant=False?"
             )
         if not torch.isfinite(summed):
-            raise AdapterError(
+            raise DivergedError(
                 f"the loss of step {index} is {float(summed.detach())}; this step has changed nothing. Lower "
                 "the learning rate, look at the batch, or train in float32"
             )
