@@ -8,7 +8,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorank
+from lorank.cli.written import keep
 from lorank.evaluation import text_scores
+from lorank.tasks import Output, Question
 
 from .. import checkpoints
 from .running import records_in, refused, run, run_json, write_records
@@ -85,6 +87,14 @@ def test_files_of_other_programs_are_scored(tmp_path: Path) -> None:
     one.write_bytes(b"\xef\xbb\xbf" + one.read_bytes())  # a byte-order mark
     assert run_json("score", one, "--metrics", "wikisql")["scores"] == [{"adapter": None, "logical-form": 1.0}]
     assert run_json("score", other, "--metrics", "exact-match")["scores"] == [{"adapter": None, "exact-match": 1.0}]
+
+
+def test_separators_of_lines_within_a_text_separate_no_records(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.jsonl"
+    text = "one\u2028two\x85three"
+    keep({None: [Output(Question("p", (text,)), text)]}, str(kept))
+    assert run_json("score", kept, "--metrics", "exact-match")["scores"] == [{"adapter": None, "exact-match": 1.0}]
+    assert run("score", kept, "--metrics", "exact-match").stdout.splitlines()[2].split() == ["-", "1.0000"]
 
 
 def test_a_file_that_holds_no_outputs_is_refused(tmp_path: Path) -> None:

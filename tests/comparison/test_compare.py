@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
-from lorank import AdapterError
+from lorank import AdapterError, RankBudget
 from lorank.comparison.arms import arms_of
-from lorank.comparison.probe import overhead
+from lorank.comparison.probe import measure, overhead
 from lorank.comparison.report import margin_of
 from lorank.runs.recipe import Recipe
 
+from .. import models
 from ..cli.running import refused, run, run_json
 from ..runs import cases
 
@@ -108,6 +110,79 @@ def test_prompts_that_leave_no_room_are_told_before_anything_is_trained(llama: P
     left = most - 30
     refused(f"with {left} new ones and 30 special ones of the adapter that is more", *words, "--max-new-tokens", left)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rate_that_is_too_high_is_the_worst_one_and_ends_nothing(llama: Path, tmp_path: Path) -> None:
+    data = cases.completions(tmp_path / "d.jsonl", 24)
+    held = cases.completions(tmp_path / "h.jsonl", 8, offset=100)
+    keys = {"rank": 2, "targets": ["q_proj", "k_proj"], "learning_rate": 1e3, "warmup": 0}
+    recipe = recipe_in(tmp_path, llama, data, eval_data=str(held), **keys)
+    words = ["compare", recipe, "--methods", "lora", "--seeds", "1", "--steps", "2", "--passes", "2"]
+    words += ["--output", tmp_path / "out"]
+    found = run_json(*words, "--rates", "1e-5,9e5")
+    (line,) = found["methods"]
+    assert line["learning_rate"] == pytest.approx(1e-2)
+    assert [value is None for value in line["tuned"].values()] == [False, True]
+    assert "the gradient of step" in (tmp_path / "out/lora/tuning/rate-9e+08-seed-0/diverged.txt").read_text()
+    assert run_json(*words, "--rates", "1e-5,9e5")["methods"][0]["scores"] == line["scores"]
+    words[-1] = tmp_path / "other"
+    refused("at no rate has a run a number for 'loss'", *words, "--rates", "8e5,9e5")
+
+
+@pytest.mark.filterwarnings("ignore:lm_head shares its weight")
+def test_what_cannot_be_merged_is_timed_as_it_is_and_one_step_is_enough(llama: Path, tmp_path: Path) -> None:
+    data = cases.completions(tmp_path / "d.jsonl", 24)
+    tied = tmp_path / "tied"
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.save_pretrained(tied)
+    models.llama(tie_word_embeddings=True, vocab_size=len(tokenizer)).save_pretrained(tied)
+    recipe = recipe_in(tmp_path, tied, data, eval_share=0.25, rank=4, steps=1, targets=["q_proj", "lm_head"])
+    words = ["--methods", "lora,adalora{target_rank: 2}", "--seeds", "1", "--steps", "2", "--passes", "2"]
+    refused("1 step is too few to drop ranks", "compare", recipe, *words, "--output", tmp_path / "out")
+    words[1] = "lora"
+    (line,) = run_json("compare", recipe, *words, "--output", tmp_path / "out")["methods"]
+    assert line["inference"].startswith("not merged, which this adapter cannot be:") and line["step"] > 0
+
+
+def test_a_timed_step_drops_ranks_as_a_trained_one_does(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    update = RankBudget.update
+    monkeypatch.setattr(RankBudget, "update", lambda budget, index: seen.append(index) or update(budget, index))
+    data = cases.completions(tmp_path / "d.jsonl", 24)
+    recipe = cases.recipe(llama, data, tmp_path / "run", method="adalora", rank=4, method_options={"target_rank": 2})
+    found = measure(recipe, 3, 2)
+    assert seen == [1, 2, 3, 4] and len(found["step"]) == 3 and len(found["latency"]) == 2
+
+
+def test_texts_are_of_the_held_out_data_where_no_other_is_given(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, split in enumerate(("train", "validation", "test")):
+        cases.completions(folder / f"{split}.jsonl", 12, offset=100 * number)
+    recipe = recipe_in(tmp_path, llama, folder, eval_data=str(folder), eval_limit=4, rank=2, targets=["q_proj"])
+    words = ["--methods", "lora", "--seeds", "1", "--steps", "2", "--passes", "2", "--max-new-tokens", "2"]
+    run("compare", recipe, *words, "--metrics", "rouge-l", "--output", tmp_path / "out")
+    (outputs,) = (tmp_path / "out").glob("lora/final/*/outputs.jsonl")
+    prompts = [json.loads(line)["prompt"] for line in outputs.read_text().splitlines()]
+    words = ["fox", "lazy dog", "quick brown fox", "two and two"]
+    assert prompts == [f"{100 + i} {word}?" for i, word in enumerate(words)]
+
+
+def test_runs_are_not_taken_for_another_method_s(compared: dict[str, Any]) -> None:
+    shared = Recipe(model="m", data="d")
+    one, other = arms_of("lora{targets: [all-linear, down_proj]},lora{targets: [all-linear, '!down_proj']}", shared)
+    assert one.folder != other.folder
+    with pytest.raises(AdapterError, match="would have the same folder, lora-init_adapter-runs-a"):
+        arms_of("lora{init_adapter: runs/a},lora{init_adapter: runs-a}", shared)
+    settings = compared["folder"] / "comparison.json"
+    before = settings.read_text()
+    known = json.loads(before)
+    known["methods"]["lora"] = {"method": "lora", "targets": ["key"]}
+    settings.write_text(json.dumps(known))
+    refused("a comparison with another method in lora;", *compared["words"])
+    settings.write_text(before)
 
 
 def test_an_arm_has_its_own_keys_and_not_another_method_s() -> None:

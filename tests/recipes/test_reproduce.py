@@ -1,5 +1,6 @@
 """lorank reproduce, from the command line: what it trains, what it leaves, how it goes on, and what it refuses."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,14 +9,19 @@ from typing import Any
 import pytest
 import yaml
 
+from lorank import AdapterError
+from lorank.data import rendering_of
+from lorank.models import load_tokenizer
 from lorank.reproduction.jobs import Job, Wanted, begin, jobs_of, remember
-from lorank.reproduction.report import Line, lines_of
+from lorank.reproduction.report import Line, changes_of, lines_of
 from lorank.reproduction.row import Row
-from lorank.reproduction.scoring import printed
+from lorank.reproduction.scoring import asked, printed
 from lorank.reproduction.task import Published
 from lorank.runs.run import Trained
 
+from .. import checkpoints
 from ..cli.running import refused, run, run_json
+from ..runs import cases as runs
 from . import cases
 
 PAPER = cases.ROOT / "recipes" / "paper"
@@ -209,3 +215,29 @@ def test_what_could_not_be_written_is_told_before_anything_is_trained(
     long.write_text(data.read_text().replace("Jacob_Bundsgaard", "Jacob_Bundsgaard_" * 300))
     refused("the longest prompt has .* this model reads. It begins 'Aarhus", *command, "--test-data", long)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_from_nothing_is_another_run(bases: dict[str, Path], tmp_path: Path) -> None:
+    row = Row.read(str(PAPER / "table-2" / "roberta-base-lora.yaml"))
+    wanted = {"tasks": ("mnli", "rte"), "model": "m", "output": str(tmp_path), "seeds": 1}
+    alone = jobs_of(row, Wanted(**wanted | {"tasks": ("rte",), "overrides": {"init_adapter": None}}))
+    remember(alone, tmp_path)
+    assert changes_of(row, alone[0], "paper")["start"] == "from nothing, not from mnli"
+    alone[0].folder.mkdir(parents=True)
+    (alone[0].folder / "recipe.yaml").write_text(alone[0].recipe.to_yaml())
+    with pytest.raises(AdapterError, match="rte/seed-0: start_from was None, and is 'mnli' now"):
+        remember(jobs_of(row, Wanted(**wanted)), tmp_path)
+
+
+def test_texts_are_asked_as_they_were_trained(webnlg: Path, tmp_path: Path) -> None:
+    base = checkpoints.causal(tmp_path / "base")
+    data = runs.completions(tmp_path / "d.jsonl")
+    keys = {"chat": True, "reader": None, "prompt": "prompt", "completion": "completion"}
+    wanted = Wanted(model=str(base), data=str(data), eval_data=str(data), overrides=keys, output=str(tmp_path / "out"))
+    job = jobs_of(Row.read(str(webnlg)), wanted)[0]
+    assert job.test is not None
+    rendering = rendering_of(dataclasses.asdict(job.recipe), load_tokenizer(str(base)))
+    with pytest.raises(AdapterError, match="has no column 'category', by which webnlg is scored in groups"):
+        asked(job, dataclasses.replace(job.test, groups="category"), rendering)
+    prompts = list(asked(job, dataclasses.replace(job.test, groups=None), rendering))
+    assert prompts[0] == rendering.prompt({"prompt": "0 fox?", "completion": ""}) != "0 fox?"

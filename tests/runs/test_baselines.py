@@ -146,3 +146,26 @@ def test_an_infix_behind_several_prompts_is_refused(llama: Path, tmp_path: Path)
     path.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(12)))
     with pytest.raises(AdapterError, match="train with infix=0"):
         cases.begin(cases.recipe(llama, path, tmp_path / "run", **settings("prefix-embedding")))
+
+
+@pytest.mark.parametrize("killed", ["while it was written", "between the renames"])
+def test_a_whole_model_survives_a_kill_while_it_is_kept(killed: str, bert: Path, tmp_path: Path) -> None:
+    data = cases.sentiments(tmp_path / "d.tsv")
+    wanted = cases.recipe(bert, data, tmp_path / "run", method="full", rank=None, alpha=None, dropout=0.0)
+    cases.stop_at(cases.begin(wanted), 4)
+    if killed == "between the renames":
+        (tmp_path / "run" / "model").rename(tmp_path / "run" / ".model.old")
+    else:
+        (tmp_path / "run" / ".model.partial").mkdir()
+        (tmp_path / "run" / ".model.partial" / "config.json").write_text("{}")
+    resumed = cases.resume(tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    end = cases.finish(resumed)
+    assert end.done and not list((tmp_path / "run").glob(".model*"))
+
+
+def test_lora_takes_what_the_top_blocks_leave(llama: Path, tmp_path: Path) -> None:
+    data = cases.completions(tmp_path / "d.jsonl")
+    run = cases.begin(cases.recipe(llama, data, tmp_path / "run", method="lora+top-k", method_options={"blocks": 1}))
+    assert {place.name.split(".")[2] for place in run.prepared.plan.places} == {"0"}
+    assert list(run.prepared.plan.copies) == ["model.layers.1"]

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertLMHeadModel
 
 from lorank import AdapterError
+from lorank.accounting import Memory
 from lorank.models import load_base, load_tokenizer
 from lorank.runs.columns import choose_columns
 from lorank.runs.prepare import Prepared, choose_device, choose_dtype, memory_of, prepare
@@ -18,6 +19,7 @@ from lorank.tasks import Classification, Regression
 from lorank.training.rate import suggested_rate
 
 from .. import checkpoints
+from . import cases
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -428,3 +430,14 @@ def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path, causal: str) -
 def test_a_device_without_values_is_refused() -> None:
     with pytest.raises(AdapterError, match="device 'meta' cannot be used"):
         choose_device("meta")
+
+
+def test_the_estimate_is_of_the_changed_base(llama: Path, tmp_path: Path) -> None:
+    data = cases.completions(tmp_path / "d.jsonl")
+    found = []
+    for options in ({}, {"num_hidden_layers": 1}):
+        wanted = cases.recipe(llama, data, tmp_path / "run", model_options=options)
+        memory = memory_of(prepare(wanted))
+        assert isinstance(memory, Memory)
+        found.append(memory)
+    assert found[1].adapter == found[0].adapter / 2 and found[1].base < found[0].base

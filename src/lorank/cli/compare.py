@@ -78,6 +78,7 @@ def compare(
     from ..comparison.texts import require_questions
     from ..comparison.trials import Comparison, remember, settled
     from ..errors import AdapterError
+    from ..runs.finished import release
     from ..runs.recipe import Recipe, parse_overrides
 
     try:
@@ -101,6 +102,7 @@ def compare(
         if trial.best is None and not trial.diverged:
             say(trial.name, "bold")
             _train(trial)
+            release()
         trial.tidy()
     written = {}
     for arm in found.arms if texts else ():
@@ -149,10 +151,13 @@ def _score(trial: Any, texts: Any) -> dict[str, float]:
     from rich.progress import Progress
 
     from ..comparison.texts import scores_of
+    from ..runs.finished import release
 
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task(f"writing: {trial.name}", total=None)
-        return scores_of(trial, texts, lambda done, of: progress.update(bar, completed=done, total=of))
+        found = scores_of(trial, texts, lambda done, of: progress.update(bar, completed=done, total=of))
+    release()
+    return found
 
 
 def _train(trial: Any) -> None:

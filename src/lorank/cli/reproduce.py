@@ -71,6 +71,7 @@ def reproduce(
     from ..reproduction.row import Row
     from ..reproduction.scoring import require_scorers
     from ..reproduction.task import HYPERPARAMETERS
+    from ..runs.finished import release
     from ..runs.recipe import parse_overrides
 
     if hyperparameters not in HYPERPARAMETERS:
@@ -101,6 +102,7 @@ def reproduce(
         say(f"{job.name} ({number} of {len(jobs)}): {job.folder}", "bold")
         if job.best is None:
             _train(job)
+            release()
         else:
             say("finished before")
     _report(chosen, jobs, wanted, as_json)

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..accounting import readable
 from ..errors import AdapterError
 from ..extras import require
@@ -95,8 +93,6 @@ def costs_of(comparison: Comparison, arm: Arm, steps: int, passes: int) -> dict[
             return before["costs"]
     recipe = trial.folder.parent / "probe.yaml"
     write_atomically({recipe: trial.recipe.to_yaml().encode()})
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # for the other process
     command = [sys.executable, "-W", "ignore", "-m", "lorank.comparison.probe", str(recipe), str(steps), str(passes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -108,9 +108,7 @@ class Comparison:
         means = {factor: sum(values) / len(values) for factor, values in found.items()}
         chosen = max(means, key=lambda factor: means[factor])
         if means[chosen] == -math.inf:
-            raise AdapterError(
-                f"{arm.label}: no run of any of the rates has a number for '{self.score}'; lower --rates"
-            )
+            raise AdapterError(f"{arm.label}: at no rate has a run a number for '{self.score}'; lower --rates")
         return chosen
 
     def goodness(self, trial: Trial) -> float:

@@ -118,11 +118,16 @@ def write_results(
         f"base {recipe.model}, hyperparameters: {hyperparameters}, lorank {__version__}",
         f"± behind ours: standard deviation over seeds; {row.report} of {len({job.seed for job in jobs})} seeds",
         *(f"{task}: other than in the row: {_listed(keys)}" for task, keys in changed.items() if keys),
+    ]
+    facts["about"] = about
+    known = [
         *(f"unstated in the paper: {key}: {remark}" for key, remark in row.unstated.items()),
         *row.notes,
     ]
-    facts["about"] = about
-    texts = {RESULTS: json.dumps(facts, indent=2, ensure_ascii=False) + "\n", TABLE: markdown(row, lines, about)}
+    texts = {
+        RESULTS: json.dumps(facts, indent=2, ensure_ascii=False) + "\n",
+        TABLE: markdown(row, lines, [*about, *known]),
+    }
     write_atomically({folder / name: text.encode() for name, text in texts.items()})
     return facts
 

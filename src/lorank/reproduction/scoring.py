@@ -66,7 +66,7 @@ def require_scorers(jobs: Iterable[Job]) -> None:
         rendering = _rendering(job, tokenizer)
         require_room(
             tokenizer,
-            list(_asked(job, job.test, rendering)),
+            list(asked(job, job.test, rendering)),
             decoding,
             most,
             special_tokens=rendering.special_tokens,
@@ -78,11 +78,11 @@ def _score_texts(job: Job, test: Test, progress: Progress | None) -> dict[str, f
     """Write a text for every prompt of the test data, and score them against all texts that it has there."""
     loaded = load_result(job.recipe, job.folder)
     rendering = _rendering(job, loaded.base.tokenizer)
-    asked = _asked(job, test, rendering)
-    prompts = list(asked)
+    questions = asked(job, test, rendering)
+    prompts = list(questions)
     texts = _written(loaded, job, test, prompts, rendering.special_tokens, progress)
     lines = [
-        {"prompt": prompt, "output": text, "references": asked[prompt]["references"], "group": asked[prompt]["group"]}
+        {"prompt": prompt, "output": text, **{key: questions[prompt][key] for key in ("references", "group")}}
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     kept = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -101,18 +101,18 @@ def _rendering(job: Job, tokenizer: Any) -> Rendering:
     return rendering_of(dataclasses.asdict(job.recipe), tokenizer)
 
 
-def _asked(job: Job, test: Test, rendering: Rendering) -> dict[str, dict[str, Any]]:
+def asked(job: Job, test: Test, rendering: Rendering) -> dict[str, dict[str, Any]]:
     """Return the references, and the group, of each prompt of the test data."""
     recipe = job.recipe
     records = open_source(test.data, test.split, test.limit, recipe.reader)
     if test.groups is not None and test.groups not in records.column_names:
         raise AdapterError(f"{test.data} has no column '{test.groups}', by which {job.task.name} is scored in groups")
-    asked: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for record in records:
         group = str(record[test.groups]) if test.groups else ""
-        known = asked.setdefault(rendering.prompt(record), {"references": [], "group": group})
+        known = found.setdefault(rendering.prompt(record), {"references": [], "group": group})
         known["references"].append(rendering.reference(record).strip())
-    return asked
+    return found
 
 
 def _written(

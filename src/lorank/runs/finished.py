@@ -1,8 +1,11 @@
 """Runs in folders: which are finished and how good they are; the others are begun, or taken up again."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..surgery import activate
 from . import metrics
@@ -41,6 +44,13 @@ def load_result(recipe: Recipe, run: Path) -> Loaded:
     loaded = load_adapted(base, adapters, dtype=dtype, device=recipe.device)
     activate(loaded.model, *([] if whole else ["it"]))
     return loaded
+
+
+def release() -> None:
+    """Free the memory of runs that nobody holds any more: models refer to themselves, and stay till looked for."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def begin(recipe: Recipe) -> Run:
