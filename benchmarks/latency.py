@@ -126,6 +126,8 @@ def main() -> None:
     chosen = parser.parse_args()
     sizes = {"n_embd": 1024, "n_head": 16, "n_layer": chosen.layers}
     lines = [
+        f"## {chosen.dtype}",
+        "",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, "
         f"{chosen.device}, {chosen.dtype}",
         "",
@@ -142,7 +144,7 @@ def main() -> None:
             mark = f"<!-- {chosen.dtype} -->"
             before, _, rest = chosen.write.read_text().partition(mark)
             after = rest[rest.index("<!--") :] if "<!--" in rest else ""
-            chosen.write.write_text(before + mark + "\n" + "\n".join(lines) + after)
+            chosen.write.write_text(before + mark + "\n" + "\n".join(lines) + "\n" + after)
 
 
 if __name__ == "__main__":
