@@ -223,10 +223,15 @@ def test_a_norm_that_is_read_without_being_called_takes_nothing_behind_it() -> N
         lorank.adapt(model, AdapterP(4, places=("norm2",)))
 
 
-def test_embeddings_in_the_place_of_ids_have_no_special_tokens() -> None:
+@pytest.mark.parametrize("spec", [PrefixEmbedding(2, 1), PrefixLayer(2, 1)])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_embeddings_in_the_place_of_ids_have_no_special_tokens(spec: Any, checkpointed: bool) -> None:
     model, ids = models.llama(), models.ids()
-    lorank.adapt(model, PrefixLayer(2, 1))
+    lorank.adapt(model, spec)
     logits(model, surrounded(model, ids))
+    if checkpointed:
+        recompute_activations(model)
+    model.train()(surrounded(model, ids)).logits.sum().backward()
     with pytest.raises(AdapterError, match="give input_ids"), torch.no_grad():
         model(inputs_embeds=torch.randn(3, 10, 32))
     with pytest.raises(AdapterError, match="there is no token 100"):

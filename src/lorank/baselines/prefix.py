@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import anatomy_of, blocks_of, width_of
+from ..blocks import anatomy_of, blocks_of, stacks_of, width_of
 from ..errors import AdapterError, raise_problems
 from ..names import Names
 from ..variants import Adapter, materialised
@@ -60,7 +60,11 @@ class PrefixEmbedding(Prefix):
     prefix: int = 64
 
     def modules(self, name: str, embedding: nn.Embedding, running: Running, names: Names) -> dict[str, Build]:
-        return {name: lambda device: SpecialEmbedding(self, running, embedding, device, embedding.embedding_dim)}
+        found: dict[str, Build] = {
+            name: lambda device: SpecialEmbedding(self, running, embedding, device, embedding.embedding_dim)
+        }
+        stacks = list(stacks_of(names).values())
+        return found | ({stacks[0][0]: lambda device: IdsNeeded(self, running)} if len(stacks) == 1 else {})
 
 
 @register("prefix-layer")
@@ -105,6 +109,14 @@ class SpecialMarks(Inserted):
 
     def start(self) -> None:
         """There is nothing to initialise."""
+
+
+class IdsNeeded(SpecialMarks):
+    """At the first block: a batch that comes here without having been embedded would run as if there were no prefix."""
+
+    def prepare(self, layer: nn.Module, x: Tensor) -> Tensor:
+        self.running.at_first_block()
+        return x
 
 
 class _Rows(SpecialMarks):

@@ -95,16 +95,25 @@ class Running:
                     "gradient checkpointing on by the model's own gradient_checkpointing_enable()"
                 )
             return self.recomputed[hidden.data_ptr()]
-        if not self._batch.begun:
-            raise AdapterError(
-                "the model was given embeddings (inputs_embeds), in which special tokens cannot be told; give input_ids"
-            )
+        self._require_ids()
         if checkpointed:
             self.recomputed[hidden.data_ptr()] = self.ids
             if len(self.recomputed) > _REMEMBERED:
                 del self.recomputed[next(iter(self.recomputed))]
         self._batch.begun = not last
         return self.ids
+
+    def at_first_block(self) -> None:
+        """Raise AdapterError when a batch has come to the blocks without having been through the embedding."""
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass, which runs a checkpointed block again
+            self._require_ids()
+            self._batch.begun = False
+
+    def _require_ids(self) -> None:
+        if not self._batch.begun:
+            raise AdapterError(
+                "the model was given embeddings (inputs_embeds), in which special tokens cannot be told; give input_ids"
+            )
 
     def put(self, rows: Tensor, ids: Tensor, y: Tensor) -> Tensor:
         """Return y (batch, length, width) with the special tokens' rows (number, width) in their places."""

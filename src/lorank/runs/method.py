@@ -70,6 +70,7 @@ def _refuse_shared(recipe: Recipe, kinds: Sequence[type[Baseline]]) -> None:
     """Raise AdapterError for keys that say something of updates, where there are none."""
     given = [*_shared(recipe), *(name for name in ("ranks", "alphas", "tie") if getattr(recipe, name))]
     given += ["lora_plus"] if recipe.lora_plus != 1 else []
+    given += ["targets"] if any(not target.startswith("!") for target in targets_of(recipe, []) or []) else []
     if given:
         own = [option for method in kinds for option in options_of(method)]
         has = f"; it has {', '.join(own)} (method_options)" if own else ""

@@ -101,6 +101,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """Return a run that is ready to start; raises AdapterError for anything that would not work later."""
     remarks: list[str] = []
     device = choose_device(recipe.device)
+    methods_of(recipe)  # raises for what they do not have, before anything is fetched
     tokenizer = load_tokenizer(recipe.model)
     records = open_source(recipe.data, recipe.split, recipe.limit, recipe.reader)
     recipe = choose_columns(recipe, records)
