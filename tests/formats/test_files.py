@@ -99,7 +99,7 @@ def test_equal_adapters_make_equal_bytes_in_every_process(tmp_path: Path) -> Non
         lorank.save(model, sys.argv[1])
     """
     digests = set()
-    for hash_seed in ("0", "1", "2"):
+    for hash_seed in ("0", "1"):
         folder = tmp_path / hash_seed
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
