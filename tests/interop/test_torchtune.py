@@ -28,7 +28,7 @@ from lorank.variants.dora import DoRA
 from .. import models
 from . import apart
 
-# Loads a model's files with torchtune's checkpointer, gives its adapters random values, and saves them with it.
+# Loads models' files with torchtune's checkpointer, gives their adapters random values, and saves them with it.
 WRITE = """
     import json, sys
     from pathlib import Path
@@ -38,31 +38,35 @@ WRITE = """
     from torchtune.models import gemma, gemma2, llama3, mistral, phi3, qwen2
     from torchtune.modules.peft import get_adapter_state_dict, get_lora_module_names
     from torchtune.training.checkpointing import FullModelHFCheckpointer
-    torch.manual_seed(0)
-    base, out, build, kind, settings, ids, logits = sys.argv[1:]
-    build, settings = eval(build), json.loads(settings)
-    checkpointer = FullModelHFCheckpointer(base, ["model.safetensors"], kind, out, safe_serialization=True)
-    attention, mlp, head = settings.pop("attention"), settings.pop("mlp"), settings.pop("head", False)
-    tops = {"apply_lora_to_output": head} if head else {}
-    model = build(lora_attn_modules=attention, apply_lora_to_mlp=mlp, **tops, **settings)
-    missing, unexpected = model.load_state_dict(checkpointer.load_checkpoint()["model"], strict=False)
-    assert not unexpected and all("lora" in name or "magnitude" in name for name in missing), (missing, unexpected)
-    for module in model.modules():
-        if hasattr(module, "initialize_dora_magnitude"):
-            module.initialize_dora_magnitude()
-    with torch.no_grad():
-        for name in missing:
-            model.get_parameter(name).add_(0.2 * torch.randn_like(model.get_parameter(name)))
-        result = model.eval()(load_file(ids)["ids"])
-    save_file({"logits": result.float()}, logits)
-    config = {
-        "r": settings["lora_rank"],
-        "lora_alpha": settings["lora_alpha"],
-        "target_modules": get_lora_module_names(attention, mlp, head),
-        "peft_type": "LORA",
-    }
-    state = {training.ADAPTER_KEY: get_adapter_state_dict(model.state_dict()), training.ADAPTER_CONFIG: config}
-    checkpointer.save_checkpoint(state, epoch=0, adapter_only=True)
+
+    def write(folder, build, kind, settings):
+        torch.manual_seed(0)
+        build, base, out = eval(build), folder / "base", folder / "out"
+        checkpointer = FullModelHFCheckpointer(base, ["model.safetensors"], kind, out, safe_serialization=True)
+        attention, mlp, head = settings.pop("attention"), settings.pop("mlp"), settings.pop("head", False)
+        tops = {"apply_lora_to_output": head} if head else {}
+        model = build(lora_attn_modules=attention, apply_lora_to_mlp=mlp, **tops, **settings)
+        missing, unexpected = model.load_state_dict(checkpointer.load_checkpoint()["model"], strict=False)
+        assert not unexpected and all("lora" in name or "magnitude" in name for name in missing), (missing, unexpected)
+        for module in model.modules():
+            if hasattr(module, "initialize_dora_magnitude"):
+                module.initialize_dora_magnitude()
+        with torch.no_grad():
+            for name in missing:
+                model.get_parameter(name).add_(0.2 * torch.randn_like(model.get_parameter(name)))
+            result = model.eval()(load_file(folder / "ids.safetensors")["ids"])
+        save_file({"logits": result.float()}, folder / "logits.safetensors")
+        config = {
+            "r": settings["lora_rank"],
+            "lora_alpha": settings["lora_alpha"],
+            "target_modules": get_lora_module_names(attention, mlp, head),
+            "peft_type": "LORA",
+        }
+        state = {training.ADAPTER_KEY: get_adapter_state_dict(model.state_dict()), training.ADAPTER_CONFIG: config}
+        checkpointer.save_checkpoint(state, epoch=0, adapter_only=True)
+
+    for name, (build, kind, settings) in json.loads(sys.argv[2]).items():
+        write(Path(sys.argv[1]) / name, build, kind, settings)
 """
 
 SIZES: dict[str, Any] = {
@@ -148,25 +152,19 @@ CASES: dict[str, Case] = {
 EXPORTED = {"llama": True, "mistral": True, "gemma": True, "qwen2": False}
 
 
-def trained(case: str, tmp_path: Path) -> tuple[Any, Path, Tensor, Tensor]:
-    """Return a base, the folder with torchtune's adapter for it, inputs, and torchtune's logits."""
-    build, builder, kind, settings = CASES[case]
-    base, x = build(), models.ids()
-    base.save_pretrained(tmp_path / "base")
-    ids, logits = tmp_path / "ids.safetensors", tmp_path / "logits.safetensors"
-    save_file({"ids": x}, ids)
-    apart.run(
-        "torchtune",
-        WRITE,
-        tmp_path / "base",
-        tmp_path / "out",
-        builder,
-        kind,
-        json.dumps(SIZES | settings),
-        ids,
-        logits,
-    )
-    return base, tmp_path / "out" / "epoch_0", x, load_file(logits)["logits"]
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path, Tensor]]:
+    """Return each case's base, the folder with torchtune's files for it, and inputs: one process writes all of them."""
+    folder = tmp_path_factory.mktemp("torchtune")
+    found: dict[str, tuple[Any, Path, Tensor]] = {}
+    for name, (build, *_) in CASES.items():
+        base, path, x = build(), folder / name, models.ids()
+        base.save_pretrained(path / "base")
+        save_file({"ids": x}, path / "ids.safetensors")
+        found[name] = base, path, x
+    wanted = {name: (builder, kind, SIZES | settings) for name, (_, builder, kind, settings) in CASES.items()}
+    apart.run("torchtune", WRITE, folder, json.dumps(wanted))
+    return found
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -175,8 +173,9 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_are_torchtune_s(case: str, tmp_path: Path) -> None:
-    base, folder, x, theirs = trained(case, tmp_path)
+def test_outputs_are_torchtune_s(case: str, written: dict[str, tuple[Any, Path, Tensor]]) -> None:
+    base, path, x = written[case]
+    folder, theirs = path / "out" / "epoch_0", load_file(path / "logits.safetensors")["logits"]
     before = outputs(base, x)
     # torchtune writes no configuration for Phi.
     alpha = None if (folder / "adapter_config.json").is_file() else 6.0
